@@ -1,0 +1,258 @@
+"""`LLMEngine`: requests in, steps, outputs out."""
+
+import itertools
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from miniinfer_jax.config import EngineConfig, ModelConfig
+from miniinfer_jax.engine.batching import CacheShape
+from miniinfer_jax.engine.buckets import choose_buckets, token_budget
+from miniinfer_jax.engine.detokenizer import Detokenizer
+from miniinfer_jax.engine.page_allocator import PageAllocator
+from miniinfer_jax.engine.request import Continuation, Request, position_logprobs
+from miniinfer_jax.engine.runner import Runner, StepInFlight
+from miniinfer_jax.engine.scheduler import Scheduler
+from miniinfer_jax.engine.steps import LogitsProcessor, StepContext
+from miniinfer_jax.engine.validation import RequestError, bad_word_ids, check_params, check_prompt
+from miniinfer_jax.models.decoder import DecoderParams
+from miniinfer_jax.ops.attention import choose_backend
+from miniinfer_jax.outputs import RequestOutput
+from miniinfer_jax.sampling_params import MAX_SEED, SamplingParams
+from miniinfer_jax.sequence import Chunk, Sequence
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """How busy the engine is, and what it has done so far."""
+
+    num_running: int
+    num_waiting: int
+    num_free_pages: int
+    num_pages: int
+    num_preemptions: int
+    num_steps: int
+    num_prompt_tokens: int
+    num_generated_tokens: int
+
+
+class LLMEngine:
+    """Continuous batching over one model: requests join and leave at any step.
+
+    `engine_config.max_model_len` and `num_pages` must be set (see `engine/memory.py`). Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        params: DecoderParams,
+        engine_config: EngineConfig,
+        tokenizer: Any = None,
+        logits_processors: tuple[LogitsProcessor, ...] = (),
+        *,
+        use_tqdm: bool = False,
+    ) -> None:
+        assert engine_config.max_model_len is not None and engine_config.num_pages is not None
+        self.model_config = model_config
+        self.engine_config = engine_config
+        self.max_model_len = engine_config.max_model_len
+        self.tokenizer = tokenizer
+        page_size = engine_config.page_size
+        max_pages = -(-self.max_model_len // page_size)
+        shape = CacheShape(engine_config.num_pages, page_size, engine_config.max_num_seqs, max_pages)
+        backend = choose_backend(engine_config.attention_backend)
+        context = StepContext(model_config, shape, backend, logits_processors)
+        self._runner = Runner(context, params, choose_buckets(engine_config), use_tqdm=use_tqdm)
+        self._scheduler = Scheduler(
+            PageAllocator(engine_config.num_pages),
+            page_size=page_size,
+            max_num_seqs=engine_config.max_num_seqs,
+            max_num_batched_tokens=token_budget(engine_config),
+            max_pages_per_sequence=max_pages,
+        )
+        self._requests: dict[str, Request] = {}
+        self._owners: dict[Sequence, tuple[Request, Continuation]] = {}
+        self._in_flight: deque[StepInFlight] = deque()
+        self._sequence_ids = itertools.count()
+        self._num_requests = self._num_steps = self._num_prompt_tokens = self._num_generated_tokens = 0
+
+    def step(self) -> list[RequestOutput]:
+        """Dispatches the next step, then reads the one before it while the device works; the outputs that have news."""
+        plan = self._scheduler.schedule()
+        if plan.chunks:
+            self._in_flight.append(self._runner.run(plan))
+            self._num_steps += 1
+        if not self._in_flight:
+            self._scheduler.check()  # idle: every page must be back
+            return []
+        if plan.chunks and len(self._in_flight) == 1:
+            return []  # the first step of a burst: nothing to read yet
+        return self._collect(self._in_flight.popleft())
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        prompt: str | None = None,
+        *,
+        streams: bool = True,
+    ) -> None:
+        """Queues a request. Raises ValueError, with nothing changed, for one that this engine cannot serve."""
+        if request_id in self._requests:
+            raise RequestError(f"request id {request_id!r} is in use; give every request an id of its own")
+        check_prompt(prompt_token_ids, self.model_config.vocab_size, self.max_model_len)
+        check_params(
+            params, self.model_config.vocab_size, self.engine_config.max_logprobs, self.tokenizer is not None
+        )
+        sequences = [self._make_sequence(index, prompt_token_ids, params) for index in range(params.n)]
+        for sequence in sequences:
+            self._scheduler.add(sequence)  # all are alike: if one is refused, the first is
+        self._num_requests += 1
+        continuations = [self._make_continuation(index, sequence) for index, sequence in enumerate(sequences)]
+        prompt_logprobs = None if params.prompt_logprobs is None else [None]
+        request = Request(request_id, prompt, prompt_token_ids, params, continuations, streams, prompt_logprobs)
+        self._requests[request_id] = request
+        self._owners |= {continuation.sequence: (request, continuation) for continuation in continuations}
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """Ends a request at any point and gives its last output; None for one that is not (or no longer) known."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        for continuation in request.continuations:
+            self._scheduler.abort(continuation.sequence)
+        return self._close(request)
+
+    def has_requests(self) -> bool:
+        """Whether any request is running or waiting."""
+        return bool(self._requests)
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether there is anything to compute or to read."""
+        return bool(self._requests or self._in_flight)
+
+    def check(self) -> None:
+        """Raises RuntimeError unless every page and slot is free or owned exactly as often as it is referenced."""
+        self._scheduler.check()
+
+    def stats(self) -> EngineStats:
+        """Counters, read without touching the device."""
+        scheduler = self._scheduler
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_free_pages=scheduler.allocator.num_free,
+            num_pages=scheduler.allocator.num_pages,
+            num_preemptions=scheduler.num_preemptions,
+            num_steps=self._num_steps,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+        )
+
+    def _make_sequence(self, index: int, prompt_token_ids: list[int], params: SamplingParams) -> Sequence:
+        # Without a seed of its own a request gets one from its number: the same run draws the same tokens.
+        seed = params.seed if params.seed is not None else self.engine_config.seed + 1_000_003 * self._num_requests
+        room = self.max_model_len - len(prompt_token_ids)
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        return Sequence(
+            sequence_id=next(self._sequence_ids),
+            prompt_token_ids=prompt_token_ids,
+            params=params,
+            seed=(seed + index) & MAX_SEED,
+            max_len=len(prompt_token_ids) + max_tokens,
+            eos_token_ids=self.model_config.eos_token_ids,
+            bad_words=bad_word_ids(params, self.tokenizer),
+        )
+
+    def _make_continuation(self, index: int, sequence: Sequence) -> Continuation:
+        params = sequence.params
+        has_text = params.detokenize and self.tokenizer is not None
+        detokenizer = Detokenizer(self.tokenizer, params) if has_text else None
+        return Continuation(index, sequence, detokenizer, logprobs=None if params.logprobs is None else [])
+
+    def _collect(self, step: StepInFlight) -> list[RequestOutput]:
+        """Takes the results of a step: tokens to their sequences, and what follows from them."""
+        token_ids, is_finite = step.token_ids(), step.is_finite()
+        samples = [(row, chunk.sequence) for row, chunk in enumerate(step.plan.chunks) if chunk.samples]
+        live = [(row, sequence) for row, sequence in samples if not sequence.is_finished]
+        tokens = [int(token_ids[row]) if is_finite[row] else None for row, _ in samples]
+        self._take_prompt_logprobs(step)
+        for row, sequence in live:
+            if not is_finite[row]:
+                self._runner.zero_pages(sequence.pages)
+        self._scheduler.update(step.plan, tokens)
+
+        news: dict[Request, None] = {}
+        for row, sequence in live:
+            request, continuation = self._owners[sequence]
+            if is_finite[row]:
+                self._take_token(request, continuation, row, step)
+            news[request] = None
+        outputs = []
+        for request in news:
+            if request.is_finished:
+                outputs.append(self._close(request))
+            elif request.streams:
+                outputs.append(request.output())
+        return outputs
+
+    def _take_token(self, request: Request, continuation: Continuation, row: int, step: StepInFlight) -> None:
+        """The newest token of a sequence: its time, its log-probabilities, its text, and a stop string in it."""
+        sequence = continuation.sequence
+        self._num_generated_tokens += 1
+        if request.first_token_time is None:
+            request.first_token_time = time.monotonic()
+            self._num_prompt_tokens += sequence.prompt_len
+        num_top = sequence.params.logprobs
+        if continuation.logprobs is not None and num_top is not None:
+            logprobs = np.asarray(step.output.logprobs)[row]
+            ids, rank = np.asarray(step.output.logprob_ids)[row], int(np.asarray(step.output.ranks)[row])
+            continuation.cumulative_logprob += float(logprobs[0])
+            continuation.logprobs.append(position_logprobs(logprobs, ids, rank, num_top, self.tokenizer))
+        if continuation.detokenizer is None:
+            return
+        token_id, num_tokens = sequence.output_token_ids[-1], len(sequence.output_token_ids)
+        if sequence.finish_reason == "stop" and not sequence.params.include_stop_str_in_output:
+            continuation.detokenizer.finish(sequence.output_token_ids[:-1])
+            return  # the token that stopped it is no part of the text
+        stop = continuation.detokenizer.append(token_id, num_tokens)
+        if stop is not None:
+            self._scheduler.finish(sequence, "stop", stop)
+            sequence.finish_reason, sequence.stop_reason = "stop", stop  # also where the length ended it just now
+        elif sequence.is_finished:
+            continuation.detokenizer.finish(sequence.output_token_ids)
+
+    def _take_prompt_logprobs(self, step: StepInFlight) -> None:
+        """The log-probabilities of prompt tokens that this step computed; those of a second prefill are known."""
+        query_start = 0
+        for chunk in step.plan.chunks:
+            request = self._owners.get(chunk.sequence, (None,))[0]
+            if request is not None and request.prompt_logprobs is not None and not chunk.is_decode:
+                if chunk.sequence is request.continuations[0].sequence:
+                    self._take_chunk_logprobs(request, chunk, query_start, step)
+            query_start += chunk.length
+
+    def _take_chunk_logprobs(self, request: Request, chunk: Chunk, query_start: int, step: StepInFlight) -> None:
+        scores = step.output.prompt_logprobs
+        num_top = request.params.prompt_logprobs
+        assert scores is not None and num_top is not None and request.prompt_logprobs is not None
+        logprobs, ids, ranks = (np.asarray(array) for array in (scores.logprobs, scores.logprob_ids, scores.ranks))
+        # Token at position p scores the one at p + 1, so entry p + 1 of the list is the next to come.
+        first = len(request.prompt_logprobs) - 1
+        for position in range(max(first, chunk.start), min(chunk.start + chunk.length, len(request.prompt_token_ids) - 1)):
+            index = query_start + position - chunk.start
+            request.prompt_logprobs.append(
+                position_logprobs(logprobs[index], ids[index], int(ranks[index]), num_top, self.tokenizer)
+            )
+
+    def _close(self, request: Request) -> RequestOutput:
+        """Forgets a finished request and gives its last output."""
+        request.finished_time = time.monotonic()
+        for continuation in request.continuations:
+            self._owners.pop(continuation.sequence, None)
+        del self._requests[request.request_id]
+        return request.output()

@@ -1,0 +1,99 @@
+"""How large the page pool is: what the device's memory leaves, or what the requests can use."""
+
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+
+from miniinfer_jax.config import ConfigError, EngineConfig, ModelConfig
+from miniinfer_jax.kv_cache import page_bytes
+from miniinfer_jax.ops.attention import KEY_BLOCK, QUERY_BLOCK
+
+# A CPU shares its memory with everything else that runs there.
+CPU_SHARE = 0.2
+
+
+def default_device(gpu_memory_utilization: float) -> jax.Device:
+    """The device that the engine runs on; JAX takes `gpu_memory_utilization` of a GPU when it first touches it."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(gpu_memory_utilization))
+    return jax.devices()[0]
+
+
+def default_page_size(device: jax.Device) -> int:
+    """Tokens a page: larger pages read faster on a GPU, smaller ones waste less."""
+    return 16 if device.platform == "cpu" else 64
+
+
+def check_dtype(dtype: str, device: jax.Device) -> None:
+    """Raises ConfigError for a dtype that the device does not compute in."""
+    capability = getattr(device, "compute_capability", None)
+    if dtype == "bfloat16" and device.platform == "gpu" and capability and float(capability) < 8.0:
+        raise ConfigError(
+            f"dtype bfloat16 needs compute capability 8.0, this {device.device_kind} has {capability}: "
+            "use dtype='float16' or 'float32'"
+        )
+
+
+def choose_dtype(dtype: str, model: ModelConfig, device: jax.Device) -> str:
+    """The dtype to compute in. "auto" is the checkpoint's own, and float32 on a CPU, which is slow in the others."""
+    if dtype == "auto":
+        dtype = "float32" if device.platform == "cpu" else model.dtype
+    check_dtype(dtype, device)
+    return dtype
+
+
+def workspace_bytes(model: ModelConfig, engine: EngineConfig) -> int:
+    """An upper estimate of what the largest step needs beside weights and pages."""
+    size = jnp.dtype(engine.dtype).itemsize
+    tokens = engine.max_num_batched_tokens
+    logits = 4 * 4 * engine.max_num_seqs * model.vocab_size
+    activations = tokens * (4 * model.hidden_size + 3 * model.ffn_size) * size
+    work_items = tokens // QUERY_BLOCK + min(tokens, engine.max_num_seqs)
+    keys = 2 * work_items * KEY_BLOCK * model.num_kv_heads * 2 * model.head_dim * size
+    scores = 3 * 4 * work_items * QUERY_BLOCK * model.num_heads * KEY_BLOCK
+    rules = 9 * engine.max_num_seqs * model.vocab_size
+    return logits + activations + keys + scores + rules
+
+
+def free_bytes(device: jax.Device) -> int:
+    """Bytes that pages may take now: what JAX may still take of a GPU, a fifth of what is free of a CPU's memory."""
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    return int(CPU_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def size_pool(
+    model: ModelConfig, engine: EngineConfig, device: jax.Device, reserved_bytes: int = 0
+) -> EngineConfig:
+    """The engine's configuration with max_model_len and num_pages set.
+
+    The pool takes what memory allows (`reserved_bytes`: what weights not loaded yet will take), but no more than max_num_seqs sequences of max_model_len can fill. Raises
+    ConfigError for a max_model_len above the model's own, and where not one sequence fits, with the sum.
+    """
+    max_model_len = engine.max_model_len or model.max_position
+    if max_model_len > model.max_position:
+        raise ConfigError(
+            f"max_model_len is {max_model_len}, the model knows positions up to {model.max_position} "
+            "(max_position_embeddings in its config.json): lower max_model_len"
+        )
+    if engine.num_pages is not None:
+        if engine.max_model_len is None:
+            max_model_len = min(max_model_len, engine.num_pages * engine.page_size + 1)
+        return dataclasses.replace(engine, max_model_len=max_model_len)
+    pages_each = -(-max_model_len // engine.page_size)
+    wanted = pages_each * engine.max_num_seqs
+    page = page_bytes(model, engine.page_size, engine.dtype)
+    free, workspace = free_bytes(device) - reserved_bytes, workspace_bytes(model, engine)
+    affordable = (free - workspace) // page
+    num_pages = min(wanted, affordable)
+    needed = pages_each if engine.max_model_len else 1
+    if num_pages < needed:
+        raise ConfigError(
+            f"no room for the page pool: {free / 2**20:.0f} MiB are free on the device, a step's workspace takes "
+            f"{workspace / 2**20:.0f} MiB, and {needed} pages of {page} bytes are needed for one sequence: "
+            "raise gpu_memory_utilization, or lower max_model_len, max_num_batched_tokens or max_num_seqs"
+        )
+    max_model_len = min(max_model_len, num_pages * engine.page_size + 1)
+    return dataclasses.replace(engine, max_model_len=max_model_len, num_pages=int(num_pages))

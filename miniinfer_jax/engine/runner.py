@@ -1,0 +1,147 @@
+"""Owns what lives on the device (weights, cache, slot state) and the compiled programs; turns plans into tokens."""
+
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from miniinfer_jax import kv_cache
+from miniinfer_jax.batch import MAX_LOGPROBS, DecodeState, StepOutput, TokenRules, create_state
+from miniinfer_jax.engine.batching import NUM_COLUMNS, needs_rules, pack_decode, pack_ragged
+from miniinfer_jax.engine.buckets import Buckets, DecodeBucket, RaggedBucket
+from miniinfer_jax.engine.steps import StepContext, decode_step, ragged_step
+from miniinfer_jax.engine.token_rules import RuleRows, rule_rows
+from miniinfer_jax.kv_cache import KVCache
+from miniinfer_jax.models.decoder import DecoderParams
+from miniinfer_jax.sequence import Sequence, StepPlan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepInFlight:
+    """A dispatched step: its plan, and the arrays that will hold its results."""
+
+    plan: StepPlan
+    output: StepOutput
+
+    def token_ids(self) -> np.ndarray:
+        """[B]; waits for the step to end."""
+        return np.asarray(self.output.token_ids)
+
+    def is_finite(self) -> np.ndarray:
+        """[B]"""
+        return np.asarray(self.output.is_finite)
+
+
+def _set_rules(state: DecodeState, slot: jax.Array, rows: RuleRows) -> DecodeState:
+    """The state with the rules of one slot replaced."""
+    arrays = TokenRules(*rows)
+    return state.replace(rules=jax.tree.map(lambda old, new: old.at[slot].set(new), state.rules, arrays))
+
+
+class Runner:
+    """Runs plans. Everything that can be compiled is compiled when it is made; after that, nothing."""
+
+    def __init__(self, context: StepContext, params: DecoderParams, buckets: Buckets, *, use_tqdm: bool) -> None:
+        config, shape = context.config, context.shape
+        self._context = context
+        self._buckets = buckets
+        self._params = params
+        dtype = params.embedding.dtype.name
+        self._cache = kv_cache.create(config, shape.num_pages, shape.page_size, dtype)
+        self._state = create_state(shape.num_slots, shape.max_pages, config.vocab_size)
+        self._programs = self._compile_all(use_tqdm)
+
+    def run(self, plan: StepPlan) -> StepInFlight:
+        """Dispatches the step and returns at once; its arrays fill while the host goes on."""
+        for chunk in plan.chunks:
+            if chunk.start == 0 and needs_rules(chunk.sequence):
+                self._send_rules(chunk.sequence)
+        shape = self._context.shape
+        if self._buckets.decode and plan.is_decode_only:
+            bucket = self._buckets.for_rows(len(plan.chunks))
+            packed = pack_decode(plan, bucket, shape)
+        else:
+            bucket = self._buckets.for_tokens(plan.num_tokens)
+            packed = pack_ragged(plan, bucket, shape)
+        program = self._programs[bucket]
+        self._cache, self._state, output = program(self._params, self._cache, self._state, packed)
+        for array in self._wanted(plan, output):
+            array.copy_to_host_async()
+        return StepInFlight(plan, output)
+
+    def zero_pages(self, pages: list[int]) -> None:
+        """Makes pages finite again after a sequence that went bad, before another one gets them."""
+        shape = self._context.shape
+        for first in range(0, len(pages), shape.max_pages):
+            padded = np.full(shape.max_pages, shape.num_pages, np.int32)
+            some = pages[first : first + shape.max_pages]
+            padded[: len(some)] = some
+            self._cache = self._programs["zero_pages"](self._cache, padded)
+
+    def _send_rules(self, sequence: Sequence) -> None:
+        rows = rule_rows(sequence, self._context.config.vocab_size)
+        self._state = self._programs["set_rules"](self._state, np.int32(sequence.slot or 0), rows)
+
+    @staticmethod
+    def _wanted(plan: StepPlan, output: StepOutput) -> list[jax.Array]:
+        """The result arrays that the host will read: only what some request of the plan asked for."""
+        wanted = [output.token_ids, output.is_finite]
+        sampling = [chunk.sequence.params for chunk in plan.chunks if chunk.samples]
+        if any(params.logprobs is not None for params in sampling):
+            wanted += [output.logprobs, output.logprob_ids, output.ranks]
+        prefills = [chunk.sequence.params for chunk in plan.chunks if not chunk.is_decode]
+        if output.prompt_logprobs is not None and any(params.prompt_logprobs is not None for params in prefills):
+            wanted += jax.tree.leaves(output.prompt_logprobs)
+        return wanted
+
+    def _compile_all(self, use_tqdm: bool) -> dict[Any, Callable[..., Any]]:
+        """Every program of the engine, compiled in threads: XLA lets go of Python's lock."""
+        jobs = self._lowerings()
+        programs: dict[Any, Callable[..., Any]] = {}
+        executor = ThreadPoolExecutor(max_workers=os.cpu_count())
+        try:
+            futures = {executor.submit(lambda lower: lower().compile(), job): key for key, job in jobs.items()}
+            progress = tqdm(as_completed(futures), total=len(jobs), desc="Compiling", disable=not use_tqdm)
+            for future in progress:
+                programs[futures[future]] = future.result()
+        finally:
+            # On Ctrl-C: nothing new is begun, and what is being written to the compile cache gets written whole.
+            executor.shutdown(wait=True, cancel_futures=True)
+        return programs
+
+    def _lowerings(self) -> dict[Any, Callable[[], jax.stages.Lowered]]:
+        """What is compiled, by its key: a bucket, or a name."""
+
+        def shapes(tree: Any) -> Any:
+            return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), tree)
+
+        def int32(*shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+        context = self._context
+        params, cache, state = shapes(self._params), shapes(self._cache), shapes(self._state)
+        jobs: dict[Any, Callable[[], jax.stages.Lowered]] = {}
+        for bucket in self._buckets.decode:
+            step = jax.jit(partial(decode_step, context), donate_argnums=(1, 2))
+            jobs[bucket] = partial(step.lower, params, cache, state, int32(2, bucket.num_rows))
+        for bucket in self._buckets.ragged:
+            step = jax.jit(partial(ragged_step, context, bucket), donate_argnums=(1, 2))
+            length = bucket.num_tokens + bucket.num_rows * NUM_COLUMNS + bucket.num_new_pages * 3
+            jobs[bucket] = partial(step.lower, params, cache, state, int32(length))
+        zero_pages = jax.jit(kv_cache.zero_pages, donate_argnums=0)
+        jobs["zero_pages"] = partial(zero_pages.lower, cache, int32(context.shape.max_pages))
+        set_rules = jax.jit(_set_rules, donate_argnums=0)
+        row = shapes(jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape[1:], array.dtype), state.rules))
+        rows = RuleRows(row.counts, row.flags, row.bias, row.bad_words)
+        jobs["set_rules"] = partial(set_rules.lower, state, int32(), rows)
+        return jobs

@@ -1,0 +1,110 @@
+"""The two programs of the engine, as pure functions: a ragged step and a decode step. `runner.py` compiles them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from miniinfer_jax.batch import MAX_LOGPROBS, DecodeState, PromptScores, SamplingInputs, StepOutput
+from miniinfer_jax.config import ModelConfig
+from miniinfer_jax.engine.batching import CacheShape, RaggedRows, unpack_decode, unpack_ragged
+from miniinfer_jax.engine.buckets import RaggedBucket
+from miniinfer_jax.kv_cache import KVCache
+from miniinfer_jax.models.decoder import DecoderParams, forward, logits
+from miniinfer_jax.ops.attention import AttentionBackend
+from miniinfer_jax.sampling.sample import sample, score_tokens
+
+LogitsProcessor = Callable[[jax.Array, SamplingInputs], jax.Array]
+StepResult = tuple[KVCache, DecodeState, StepOutput]
+
+SCORE_BLOCK = 16  # tokens whose logits over the vocabulary are held at a time while a prompt is scored
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What both programs are specialised on; static under jit."""
+
+    config: ModelConfig
+    shape: CacheShape
+    backend: AttentionBackend
+    logits_processors: tuple[LogitsProcessor, ...]
+
+
+def decode_step(
+    context: StepContext, params: DecoderParams, cache: KVCache, state: DecodeState, packed: jax.Array
+) -> StepResult:
+    """The next token of each row; its last token comes from the state, where the new one is left."""
+    slots, inputs, state = unpack_decode(packed, state, context.shape)
+    hidden, cache = forward(context.config, params, cache, inputs, context.backend)
+    state, output = _draw(context, params, state, hidden, slots, inputs.positions + 1)
+    return cache, state, output
+
+
+def ragged_step(
+    context: StepContext,
+    bucket: RaggedBucket,
+    params: DecoderParams,
+    cache: KVCache,
+    state: DecodeState,
+    packed: jax.Array,
+) -> StepResult:
+    """The chunks of several sequences, decoding ones among them; a row that samples leaves its token in the state."""
+    rows, inputs, state = unpack_ragged(packed, bucket, state, context.shape)
+    hidden, cache = forward(context.config, params, cache, inputs, context.backend)
+    slots = jnp.where(rows.samples, rows.slots, context.shape.num_slots)
+    state, output = _draw(context, params, state, hidden[rows.last_tokens], slots, inputs.context_lens)
+    return cache, state, output.replace(prompt_logprobs=_score_prompts(params, hidden, rows))
+
+
+def _draw(
+    context: StepContext,
+    params: DecoderParams,
+    state: DecodeState,
+    hidden: jax.Array,
+    slots: jax.Array,
+    positions: jax.Array,
+) -> tuple[DecodeState, StepOutput]:
+    """Draws the tokens that follow hidden [B, D], to stand at `positions`, and leaves them in the state at `slots`."""
+    inputs = SamplingInputs(
+        rows=jax.tree.map(lambda values: values[slots], state.rows),
+        positions=positions,
+        recent_tokens=state.recent_tokens[slots],
+        slots=slots,
+        rules=state.rules,
+    )
+    with jax.named_scope("sample"):
+        output = sample(logits(params, hidden), inputs, context.logits_processors)
+    tokens = output.token_ids
+    recent = jnp.concatenate([inputs.recent_tokens[:, 1:], tokens[:, None]], axis=1)
+    counts = state.rules.counts.at[slots, tokens].add(1, mode="drop")
+    state = state.replace(
+        last_tokens=state.last_tokens.at[slots].set(tokens, mode="drop"),
+        positions=state.positions.at[slots].set(positions, mode="drop"),
+        recent_tokens=state.recent_tokens.at[slots].set(recent, mode="drop"),
+        rules=state.rules.replace(counts=counts),
+    )
+    return state, output
+
+
+def _score_prompts(params: DecoderParams, hidden: jax.Array, rows: RaggedRows) -> PromptScores:
+    """Log-probabilities of the tokens that follow each token of hidden [T, D]; zeros where no row asks for them."""
+    num_tokens = hidden.shape[0]
+
+    def score(_: None) -> PromptScores:
+        def score_block(block: tuple[jax.Array, jax.Array]) -> PromptScores:
+            return score_tokens(logits(params, block[0]), block[1])
+
+        blocks = (hidden.reshape(-1, SCORE_BLOCK, hidden.shape[1]), rows.next_ids.reshape(-1, SCORE_BLOCK))
+        return jax.tree.map(lambda x: x.reshape(num_tokens, *x.shape[2:]), lax.map(score_block, blocks))
+
+    def skip(_: None) -> PromptScores:
+        return PromptScores(
+            logprobs=jnp.zeros((num_tokens, 1 + MAX_LOGPROBS), jnp.float32),
+            logprob_ids=jnp.zeros((num_tokens, 1 + MAX_LOGPROBS), jnp.int32),
+            ranks=jnp.zeros((num_tokens,), jnp.int32),
+        )
+
+    with jax.named_scope("score_prompts"):
+        return lax.cond(jnp.any(rows.scores_prompt), score, skip, None)

@@ -1,0 +1,63 @@
+"""What a request must satisfy on this engine, checked before it is queued and before any device work."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from miniinfer_jax.batch import MAX_BAD_WORD_LEN, MAX_BAD_WORDS
+from miniinfer_jax.sampling_params import SamplingParams
+
+
+class RequestError(ValueError):
+    """A request that this engine cannot serve; says what, the limit and the remedy."""
+
+
+def check_prompt(prompt_token_ids: list[int], vocab_size: int, max_model_len: int) -> None:
+    """Raises RequestError for an empty prompt, one without room for an output, or ids outside the vocabulary."""
+    if not prompt_token_ids:
+        raise RequestError("the prompt is empty; give at least one token")
+    if len(prompt_token_ids) >= max_model_len:
+        raise RequestError(
+            f"the prompt has {len(prompt_token_ids)} tokens and max_model_len is {max_model_len}, prompt and output "
+            "together: shorten the prompt, or raise max_model_len"
+        )
+    _check_ids("the prompt", prompt_token_ids, vocab_size)
+
+
+def check_params(params: SamplingParams, vocab_size: int, max_logprobs: int, has_tokenizer: bool) -> None:
+    """Raises RequestError for parameters that are fine in themselves but not with this model or engine."""
+    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        _check_ids(name, getattr(params, name) or (), vocab_size)
+    for name in ("logprobs", "prompt_logprobs"):
+        value = getattr(params, name)
+        if value is not None and value > max_logprobs:
+            raise RequestError(f"{name} is {value}, above the limit of {max_logprobs}")
+    if not has_tokenizer:
+        for name, is_used in (("stop", bool(params.stop_strings)), ("bad_words", bool(params.bad_words))):
+            if is_used:
+                raise RequestError(f"{name} needs a tokenizer, and this model was loaded without one")
+
+
+def bad_word_ids(params: SamplingParams, tokenizer: Any) -> tuple[tuple[int, ...], ...]:
+    """The token sequences that spell each bad word, at the start of a text and after a space.
+
+    Raises RequestError where there are more, or longer ones, than the device keeps for a request.
+    """
+    words: dict[tuple[int, ...], None] = {}
+    for text in params.bad_words or ():
+        for spelling in (text.lstrip(), " " + text.lstrip()):
+            words[tuple(tokenizer.encode(spelling, add_special_tokens=False))] = None
+    for word in words:
+        if len(word) > MAX_BAD_WORD_LEN:
+            raise RequestError(f"a bad word spells {len(word)} tokens, the limit is {MAX_BAD_WORD_LEN}: shorten it")
+    num_long = sum(len(word) > 1 for word in words)
+    if num_long > MAX_BAD_WORDS:
+        raise RequestError(
+            f"bad_words spell {num_long} sequences of several tokens, the limit is {MAX_BAD_WORDS}: give fewer"
+        )
+    return tuple(words)
+
+
+def _check_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    for token_id in token_ids:
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
+            raise RequestError(f"{name} holds the token id {token_id!r}; the vocabulary is 0 to {vocab_size - 1}")

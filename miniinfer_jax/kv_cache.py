@@ -1,0 +1,65 @@
+"""The paged key-value cache, and the one file that knows how its pages are laid out."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from miniinfer_jax.config import ModelConfig
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of every layer in pages of `page_size` tokens; slot = page * page_size + offset.
+
+    A page belongs to sequences by their page tables alone. Every value is finite: pages are born as zeros
+    (a masked row of V is multiplied by 0, and 0 * NaN is NaN) and are zeroed again after a sequence that went bad.
+    """
+
+    layers: tuple[jax.Array, ...]  # one a layer: [num_pages, S, K, 2, H], keys at 0 and values at 1
+
+    @property
+    def num_pages(self) -> int:
+        return self.layers[0].shape[0]
+
+    @property
+    def page_size(self) -> int:
+        return self.layers[0].shape[1]
+
+
+def layer_shape(config: ModelConfig, num_pages: int, page_size: int) -> tuple[int, ...]:
+    return (num_pages, page_size, config.num_kv_heads, 2, config.head_dim)
+
+
+def page_bytes(config: ModelConfig, page_size: int, dtype: str) -> int:
+    """Bytes that one page takes over all layers."""
+    values = config.num_layers * page_size * config.num_kv_heads * 2 * config.head_dim
+    return values * jnp.dtype(dtype).itemsize
+
+
+def create(config: ModelConfig, num_pages: int, page_size: int, dtype: str) -> KVCache:
+    """An empty cache of `num_pages` pages."""
+    shape = layer_shape(config, num_pages, page_size)
+    return KVCache(layers=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)))
+
+
+def write(cache: KVCache, layer: int, keys: jax.Array, values: jax.Array, slots: jax.Array) -> KVCache:
+    """The cache with keys and values [T, K, H] at slots [T]; a slot past the end is dropped (padding)."""
+    pages = cache.layers[layer]
+    page_size = cache.page_size
+    both = jnp.stack([keys, values], axis=2).astype(pages.dtype)  # [T, K, 2, H]
+    pages = pages.at[slots // page_size, slots % page_size].set(both, mode="drop")
+    layers = cache.layers[:layer] + (pages,) + cache.layers[layer + 1 :]
+    return cache.replace(layers=layers)
+
+
+def read(cache: KVCache, layer: int, page_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of pages [..., n], each [..., n * S, K, H]."""
+    gathered = cache.layers[layer][page_ids]  # [..., n, S, K, 2, H]
+    *batch, num_pages, page_size, num_kv_heads, _, head_dim = gathered.shape
+    shape = (*batch, num_pages * page_size, num_kv_heads, head_dim)
+    return gathered[..., 0, :].reshape(shape), gathered[..., 1, :].reshape(shape)
+
+
+def zero_pages(cache: KVCache, page_ids: jax.Array) -> KVCache:
+    """The cache with pages [n] set to zero; a page id past the end is dropped (padding)."""
+    return KVCache(layers=tuple(pages.at[page_ids].set(0, mode="drop") for pages in cache.layers))

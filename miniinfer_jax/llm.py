@@ -1,0 +1,266 @@
+"""`LLM`: the door for Python users. Loads a model, answers prompts, scores tokens, streams."""
+
+import itertools
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from miniinfer_jax.config import EngineConfig
+from miniinfer_jax.engine.compile_cache import enable_compile_cache
+from miniinfer_jax.engine.llm_engine import LLMEngine
+from miniinfer_jax.engine.memory import choose_dtype, default_device, default_page_size, size_pool
+from miniinfer_jax.engine.validation import RequestError
+from miniinfer_jax.models.decoder import param_specs
+from miniinfer_jax.outputs import CompletionOutput, RequestOutput, Score, TextDelta
+from miniinfer_jax.sampling_params import SamplingParams
+from miniinfer_jax.tokenizer import load_tokenizer
+from miniinfer_jax.weights import load_params, read_model_config, resolve
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Mapping[str, Any] | Sequence[int]
+Message = Mapping[str, Any]
+PROMPT_KEYS = {"prompt", "prompt_token_ids"}
+
+
+class LLM:
+    """A loaded model that answers prompts; names and meanings are vLLM's.
+
+    model: a folder in Hugging Face layout, a hub id, or "demo" (the small model that ships). dtype "auto" is the
+    checkpoint's own, float32 on a CPU. page_size None is 16 on a CPU, 64 elsewhere; num_pages None takes what
+    `gpu_memory_utilization` leaves. load_format "dummy" makes random weights from config.json alone.
+    deterministic: a request's tokens and log-probabilities are bitwise the same whatever runs beside it.
+    logits_processors: pure functions (logits [B, V], SamplingInputs) -> logits, traced into the step.
+    Raises ValueError (ConfigError, CheckpointError, ...) for what it cannot load or run.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        dtype: str = "auto",
+        seed: int = 0,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        gpu_memory_utilization: float = 0.9,
+        page_size: int | None = None,
+        num_pages: int | None = None,
+        load_format: str = "auto",
+        revision: str | None = None,
+        skip_tokenizer_init: bool = False,
+        deterministic: bool = False,
+        attention_backend: str = "auto",
+        logits_processors: Sequence[Any] = (),
+        use_tqdm: bool = True,
+    ) -> None:
+        folder = resolve(os.fspath(model), revision)
+        self.model_config = read_model_config(folder)
+        device = default_device(gpu_memory_utilization)
+        engine_config = EngineConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            page_size=default_page_size(device) if page_size is None else page_size,
+            num_pages=num_pages,
+            gpu_memory_utilization=gpu_memory_utilization,
+            dtype=choose_dtype(dtype, self.model_config, device),
+            seed=seed,
+            deterministic=deterministic,
+            attention_backend=attention_backend,
+        )
+        enable_compile_cache()
+        self.tokenizer = None if skip_tokenizer_init else load_tokenizer(folder)
+        specs = param_specs(self.model_config, engine_config.dtype)
+        params = load_params(folder, self.model_config, specs, load_format, seed)
+        self.engine = LLMEngine(
+            self.model_config,
+            params,
+            size_pool(self.model_config, engine_config, device),
+            self.tokenizer,
+            tuple(logits_processors),
+            use_tqdm=use_tqdm,
+        )
+        self._request_ids = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Continues each prompt; outputs in the order of the prompts.
+
+        A prompt is a text, {"prompt": text}, {"prompt_token_ids": ids} or a list of token ids. A request that cannot
+        be served raises ValueError when it is the only one; among others it comes back alone with `error` set and
+        finish_reason "error", and the others finish.
+        """
+        prompts = self._as_list(prompts)
+        params = self._params_for(prompts, sampling_params)
+        outputs: dict[str, RequestOutput] = {}
+        request_ids = []
+        with tqdm(total=len(prompts), desc="Requests", unit="req", disable=not use_tqdm) as progress:
+            try:
+                for prompt, one in zip(prompts, params, strict=True):
+                    request_ids.append(self._add_or_refuse(prompt, one, outputs, raises=len(prompts) == 1))
+                progress.update(len(outputs))
+                num_tokens = 0
+                while len(outputs) < len(prompts):
+                    for output in self.engine.step():
+                        outputs[output.request_id] = output
+                        num_tokens += sum(len(completion.token_ids) for completion in output.outputs)
+                        elapsed = progress.format_dict["elapsed"]
+                        progress.set_postfix_str(f"{num_tokens / max(elapsed, 1e-9):.0f} tokens/s", refresh=False)
+                        progress.update()
+            finally:
+                self._drop(request_ids)
+        return [outputs[request_id] for request_id in request_ids]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answers a conversation, or each of several: {"role", "content"} messages through the model's chat template."""
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts = [self.apply_chat_template(conversation) for conversation in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
+        """The token ids of a conversation, ready for the assistant's turn. Raises ValueError without a template."""
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise RequestError("chat needs a tokenizer with a chat template, which this model lacks: use generate()")
+        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def score(self, prompts: Prompt | Sequence[Prompt], use_tqdm: bool = True) -> list[Score]:
+        """How likely the model finds the tokens of each prompt, by the forward that serves. Errors as in `generate`."""
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        outputs = self.generate(prompts, params, use_tqdm)
+        return [_score(output) for output in outputs]
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[TextDelta]:
+        """The continuations of all prompts piece by piece, as they come. Leaving the iterator early aborts the rest.
+
+        Every request is checked before the first piece: ValueError if one cannot be served.
+        """
+        prompts = self._as_list(prompts)
+        params = self._params_for(prompts, sampling_params)
+        request_ids: list[str] = []
+        try:
+            for prompt, one in zip(prompts, params, strict=True):
+                request_ids.append(self._add(prompt, one, streams=True))
+        except ValueError:
+            self._drop(request_ids)
+            raise
+        return self._deltas(request_ids)
+
+    def _deltas(self, request_ids: list[str]) -> Iterator[TextDelta]:
+        indices = {request_id: index for index, request_id in enumerate(request_ids)}
+        shown: dict[tuple[str, int], CompletionOutput] = {}
+        unfinished = set(request_ids)
+        try:
+            while unfinished:
+                for output in self.engine.step():
+                    if output.finished:
+                        unfinished.discard(output.request_id)
+                    for completion in output.outputs:
+                        before = shown.get((output.request_id, completion.index))
+                        delta = _delta(indices[output.request_id], before, completion)
+                        shown[output.request_id, completion.index] = completion
+                        if delta is not None:
+                            yield delta
+        finally:
+            self._drop(request_ids)
+
+    def _add(self, prompt: Prompt, params: SamplingParams, streams: bool) -> str:
+        request_id = str(next(self._request_ids))
+        text, token_ids = self._tokenize(prompt)
+        self.engine.add_request(request_id, token_ids, params, text, streams=streams)
+        return request_id
+
+    def _add_or_refuse(
+        self, prompt: Prompt, params: SamplingParams, outputs: dict[str, RequestOutput], raises: bool
+    ) -> str:
+        """Queues a request; one that is refused is put among the outputs, so that the others can go on."""
+        try:
+            return self._add(prompt, params, streams=False)
+        except ValueError as error:
+            if raises:
+                raise
+            request_id = str(next(self._request_ids))
+            logger.warning("request %s is refused: %s", request_id, error)
+            text = prompt if isinstance(prompt, str) else None
+            refused = CompletionOutput(index=0, text="", token_ids=[], finish_reason="error")
+            outputs[request_id] = RequestOutput(request_id, text, [], [refused], finished=True, error=str(error))
+            return request_id
+
+    def _drop(self, request_ids: list[str]) -> None:
+        """Aborts what is still running of these requests, and lets the step in flight end."""
+        for request_id in request_ids:
+            self.engine.abort(request_id)
+        while not self.engine.has_requests() and self.engine.has_unfinished_requests():
+            self.engine.step()
+
+    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """(text or None, token ids) of a prompt in any of its forms."""
+        if isinstance(prompt, Mapping):
+            unknown = sorted(set(prompt) - PROMPT_KEYS)
+            if unknown or len(prompt) != 1:
+                raise RequestError(f"a prompt has exactly one of {sorted(PROMPT_KEYS)}; this one has {sorted(prompt)}")
+            prompt = next(iter(prompt.values()))
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError("this model was loaded without a tokenizer: give prompt_token_ids")
+            return prompt, self.tokenizer.encode(prompt)
+        if not isinstance(prompt, Sequence):
+            raise RequestError(f"a prompt is a text, a mapping or a list of token ids, not {type(prompt).__name__}")
+        return None, list(prompt)
+
+    @staticmethod
+    def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+        """One prompt or several: a list of integers is one prompt."""
+        if isinstance(prompts, str | Mapping):
+            return [prompts]
+        prompts = list(prompts)
+        return [prompts] if prompts and isinstance(prompts[0], int) else prompts  # pyright: ignore
+
+    @staticmethod
+    def _params_for(
+        prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[SamplingParams]:
+        if params is None or isinstance(params, SamplingParams):
+            return [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts but {len(params)} sampling_params: give one, or one a prompt")
+        return list(params)
+
+
+def _score(output: RequestOutput) -> Score:
+    if output.error is not None:
+        raise RequestError(f"prompt {output.request_id} cannot be scored: {output.error}")
+    token_ids, entries = output.prompt_token_ids, output.prompt_logprobs or []
+    logprobs = [
+        None if entry is None else entry[token_id].logprob for token_id, entry in zip(token_ids, entries, strict=True)
+    ]
+    return Score(token_ids, logprobs)
+
+
+def _delta(prompt_index: int, before: CompletionOutput | None, now: CompletionOutput) -> TextDelta | None:
+    """What `now` has that `before` had not; None for nothing."""
+    text, token_ids = now.text, now.token_ids
+    if before is not None:
+        if before.finish_reason is not None:
+            return None
+        text, token_ids = text[len(before.text) :], token_ids[len(before.token_ids) :]
+    if not text and not token_ids and now.finish_reason is None:
+        return None
+    return TextDelta(prompt_index, now.index, text, token_ids, now.finish_reason)

@@ -1,0 +1,156 @@
+"""Every decoder-only family: pre-norm blocks of grouped-query attention and a gated feed-forward network.
+
+One forward serves prefill, decode, scoring and training; it sees arrays, never a request.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from miniinfer_jax import kv_cache
+from miniinfer_jax.batch import DecodeInputs, PrefillInputs
+from miniinfer_jax.config import ModelConfig
+from miniinfer_jax.kv_cache import KVCache
+from miniinfer_jax.ops.activations import ACTIVATION_FUNCTIONS
+from miniinfer_jax.ops.attention import BACKENDS, AttentionBackend, attention
+from miniinfer_jax.ops.linear import linear
+from miniinfer_jax.ops.norms import rms_norm
+from miniinfer_jax.ops.rope import rope, rope_table
+from miniinfer_jax.params import ParamSpec
+
+Array = jax.Array
+
+
+@struct.dataclass
+class LayerParams:
+    """The weights of one block; a bias or norm that the architecture lacks is None."""
+
+    attention_norm: Array  # [D]
+    q: Array  # [N, H, D]
+    k: Array  # [K, H, D]
+    v: Array  # [K, H, D]
+    o: Array  # [D, N, H]
+    q_bias: Array | None  # [N, H]
+    k_bias: Array | None  # [K, H]
+    v_bias: Array | None  # [K, H]
+    q_norm: Array | None  # [H]
+    k_norm: Array | None  # [H]
+    ffn_norm: Array  # [D]
+    gate_up: Array  # [2, F, D]
+    down: Array  # [D, F]
+
+
+@struct.dataclass
+class DecoderParams:
+    """The weights of a model. Layers are a tuple, not a stack: a scan over a stack copies each layer out of it."""
+
+    embedding: Array  # [V, D]
+    layers: tuple[LayerParams, ...]
+    final_norm: Array  # [D]
+    lm_head: Array | None  # [V, D], None: tied to the embedding
+
+
+def param_specs(config: ModelConfig, dtype: str | None = None) -> DecoderParams:
+    """The tree of `ParamSpec` of the model, in `dtype` or the checkpoint's own."""
+    dtype = dtype or config.dtype
+    hidden, vocab, ffn, head = config.hidden_size, config.vocab_size, config.ffn_size, config.head_dim
+
+    def matrix(shape: tuple[int, ...], axes: tuple[str, ...], num_input_axes: int = 1) -> ParamSpec:
+        return ParamSpec(shape, axes, dtype, num_input_axes=num_input_axes)
+
+    def norm(size: int, axis: str) -> ParamSpec:
+        return ParamSpec((size,), (axis,), dtype, init="ones")
+
+    def heads(num: int, axis: str) -> ParamSpec:
+        return matrix((num, head, hidden), (axis, "head_dim", "embed"))
+
+    def bias(num: int, axis: str) -> ParamSpec | None:
+        return ParamSpec((num, head), (axis, "head_dim"), dtype, init="zeros") if config.qkv_bias else None
+
+    layer = LayerParams(
+        attention_norm=norm(hidden, "embed"),
+        q=heads(config.num_heads, "heads"),
+        k=heads(config.num_kv_heads, "kv_heads"),
+        v=heads(config.num_kv_heads, "kv_heads"),
+        o=matrix((hidden, config.num_heads, head), ("embed", "heads", "head_dim"), num_input_axes=2),
+        q_bias=bias(config.num_heads, "heads"),
+        k_bias=bias(config.num_kv_heads, "kv_heads"),
+        v_bias=bias(config.num_kv_heads, "kv_heads"),
+        q_norm=norm(head, "head_dim") if config.qk_norm else None,
+        k_norm=norm(head, "head_dim") if config.qk_norm else None,
+        ffn_norm=norm(hidden, "embed"),
+        gate_up=matrix((2, ffn, hidden), ("gate_up", "ffn", "embed")),
+        down=matrix((hidden, ffn), ("embed", "ffn")),
+    )
+    return DecoderParams(
+        embedding=matrix((vocab, hidden), ("vocab", "embed")),
+        layers=(layer,) * config.num_layers,
+        final_norm=norm(hidden, "embed"),
+        lm_head=None if config.tie_word_embeddings else matrix((vocab, hidden), ("vocab", "embed")),
+    )
+
+
+def forward(
+    config: ModelConfig,
+    params: DecoderParams,
+    cache: KVCache,
+    inputs: PrefillInputs | DecodeInputs,
+    backend: AttentionBackend = BACKENDS["xla"],
+) -> tuple[Array, KVCache]:
+    """The hidden states [T, D] of the inputs' tokens, normalized, and the cache with their keys and values written."""
+    with jax.named_scope("embedding"):
+        hidden = params.embedding[inputs.token_ids]  # [T, D]
+    with jax.named_scope("rope_table"):
+        table = rope_table(config.rope, config.head_dim, inputs.positions)
+    for index, layer in enumerate(params.layers):
+        with jax.named_scope(f"layer_{index}"):
+            normalized = rms_norm(hidden, layer.attention_norm, config.norm_eps)
+            attended, cache = attention_block(config, layer, index, normalized, table, cache, inputs, backend)
+            hidden = hidden + attended
+            hidden = hidden + feed_forward(config, layer, rms_norm(hidden, layer.ffn_norm, config.norm_eps))
+    with jax.named_scope("final_norm"):
+        return rms_norm(hidden, params.final_norm, config.norm_eps), cache
+
+
+def attention_block(
+    config: ModelConfig,
+    layer: LayerParams,
+    index: int,
+    hidden: Array,
+    table: tuple[Array, Array],
+    cache: KVCache,
+    inputs: PrefillInputs | DecodeInputs,
+    backend: AttentionBackend,
+) -> tuple[Array, KVCache]:
+    """hidden [T, D] -> [T, D]: keys and values are written to their pages first, then attended to over pages."""
+    with jax.named_scope("qkv"):
+        queries = linear(hidden, layer.q, layer.q_bias)  # [T, N, H]
+        keys = linear(hidden, layer.k, layer.k_bias)  # [T, K, H]
+        values = linear(hidden, layer.v, layer.v_bias)  # [T, K, H]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            queries = rms_norm(queries, layer.q_norm, config.norm_eps)
+            keys = rms_norm(keys, layer.k_norm, config.norm_eps)
+    with jax.named_scope("rope"):
+        queries = rope(queries, table, config.rope.interleaved)
+        keys = rope(keys, table, config.rope.interleaved)
+    with jax.named_scope("cache_write"):
+        cache = kv_cache.write(cache, index, keys, values, inputs.slots)
+    with jax.named_scope("attention"):
+        attended = attention(queries, cache, index, inputs, config.sliding_windows[index], backend)
+    with jax.named_scope("output"):
+        return linear(attended, layer.o, num_input_axes=2), cache
+
+
+def feed_forward(config: ModelConfig, layer: LayerParams, hidden: Array) -> Array:
+    """down(activation(gate(hidden)) * up(hidden)), [T, D] -> [T, D]; https://arxiv.org/abs/2002.05202."""
+    with jax.named_scope("feed_forward"):
+        gate_up = linear(hidden, layer.gate_up)  # [T, 2, F]
+        activated = ACTIVATION_FUNCTIONS[config.activation](gate_up[:, 0]) * gate_up[:, 1]
+        return linear(activated, layer.down)
+
+
+def logits(params: DecoderParams, hidden: Array) -> Array:
+    """Scores of the next token [T, V] float32 from normalized hidden states [T, D]."""
+    with jax.named_scope("logits"):
+        head = params.embedding if params.lm_head is None else params.lm_head
+        return linear(hidden, head, output_dtype=jnp.float32)

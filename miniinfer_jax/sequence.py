@@ -1,0 +1,131 @@
+"""The host's side of a generation: `Sequence`, and `StepPlan`, what the scheduler decides. Standard library only."""
+
+import enum
+from dataclasses import dataclass, field
+
+from miniinfer_jax.sampling_params import SamplingParams
+
+
+class SequenceStatus(enum.Enum):
+    WAITING = "waiting"  # no slot and no pages; also after preemption
+    RUNNING = "running"  # holds a slot and pages
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One token sequence being continued. Its life: WAITING -> RUNNING (-> WAITING when preempted ...) -> FINISHED.
+
+    Tokens, from left to right:
+
+        [ prompt | outputs read back | sampled but still on the device ]
+         <---------- token_ids ----> <------- num_in_flight -------->
+         <------- num_computed ------------>   (their keys and values are in pages, or dispatched to be)
+
+    While decoding, num_computed == num_tokens - 1: only the newest token has not been through the model.
+    """
+
+    sequence_id: int
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    max_len: int  # prompt and outputs together: by max_tokens and max_model_len
+    eos_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()  # params.bad_words as token ids
+    output_token_ids: list[int] = field(default_factory=list)
+    status: SequenceStatus = SequenceStatus.WAITING
+    slot: int | None = None
+    pages: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_in_flight: int = 0
+    prefill_len: int = 0  # tokens to compute before decoding; set when the sequence is admitted
+    num_preemptions: int = 0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.prompt_token_ids + self.output_token_ids
+
+    @property
+    def num_known_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_known_tokens + self.num_in_flight
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.status is SequenceStatus.RUNNING and self.num_computed >= self.prefill_len
+
+    @property
+    def is_full(self) -> bool:
+        """No further token may be sampled: those in flight complete it."""
+        return self.num_tokens >= self.max_len
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is SequenceStatus.FINISHED
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Every token id that ends the sequence, and that min_tokens holds back."""
+        own = tuple(self.params.stop_token_ids or ())
+        return own if self.params.ignore_eos else own + self.eos_token_ids
+
+    def append(self, token_id: int) -> None:
+        """Takes the oldest in-flight token, now read back, and says in finish_reason whether it ends the sequence."""
+        self.num_in_flight -= 1
+        self.output_token_ids.append(token_id)
+        may_stop = len(self.output_token_ids) >= self.params.min_tokens
+        if may_stop and token_id in self.stop_token_ids:
+            self.finish_reason = "stop"
+            self.stop_reason = token_id if token_id in (self.params.stop_token_ids or ()) else None
+        elif self.num_known_tokens >= self.max_len:
+            self.finish_reason = "length"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens [start, start + length) of a sequence that go through the model in one step.
+
+    A decoding sequence is a chunk of one token, which is already on the device. `samples`: the chunk ends at
+    the sequence's last token, so that the step draws the next one.
+    """
+
+    sequence: Sequence
+    start: int
+    length: int
+    samples: bool
+    is_decode: bool
+
+
+@dataclass(frozen=True)
+class NewPage:
+    """Page `page` becomes column `column` of the page table of slot `slot`."""
+
+    slot: int
+    column: int
+    page: int
+
+
+@dataclass
+class StepPlan:
+    """What one step computes. Empty chunks: nothing to do."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    new_pages: list[NewPage] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+
+    @property
+    def is_decode_only(self) -> bool:
+        return all(chunk.is_decode for chunk in self.chunks)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.length for chunk in self.chunks)
