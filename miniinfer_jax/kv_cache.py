@@ -11,8 +11,8 @@ from miniinfer_jax.config import ModelConfig
 class KVCache:
     """Keys and values of every layer in pages of `page_size` tokens; slot = page * page_size + offset.
 
-    A page belongs to sequences by their page tables alone. Every value is finite: pages are born as zeros
-    (a masked row of V is multiplied by 0, and 0 * NaN is NaN) and are zeroed again after a sequence that went bad.
+    A page belongs to sequences by their page tables alone, and keeps what its last owner wrote until it is
+    overwritten: readers mask what is not theirs, keys and values both.
     """
 
     layers: tuple[jax.Array, ...]  # one a layer: [num_pages, S, K, 2, H], keys at 0 and values at 1
@@ -48,8 +48,7 @@ def write(cache: KVCache, layer: int, keys: jax.Array, values: jax.Array, slots:
     page_size = cache.page_size
     both = jnp.stack([keys, values], axis=2).astype(pages.dtype)  # [T, K, 2, H]
     pages = pages.at[slots // page_size, slots % page_size].set(both, mode="drop")
-    layers = cache.layers[:layer] + (pages,) + cache.layers[layer + 1 :]
-    return cache.replace(layers=layers)
+    return KVCache(layers=cache.layers[:layer] + (pages,) + cache.layers[layer + 1 :])
 
 
 def read(cache: KVCache, layer: int, page_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -58,8 +57,3 @@ def read(cache: KVCache, layer: int, page_ids: jax.Array) -> tuple[jax.Array, ja
     *batch, num_pages, page_size, num_kv_heads, _, head_dim = gathered.shape
     shape = (*batch, num_pages * page_size, num_kv_heads, head_dim)
     return gathered[..., 0, :].reshape(shape), gathered[..., 1, :].reshape(shape)
-
-
-def zero_pages(cache: KVCache, page_ids: jax.Array) -> KVCache:
-    """The cache with pages [n] set to zero; a page id past the end is dropped (padding)."""
-    return KVCache(layers=tuple(pages.at[page_ids].set(0, mode="drop") for pages in cache.layers))

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from miniinfer_jax.config import EngineConfig
 from miniinfer_jax.engine.compile_cache import enable_compile_cache
 from miniinfer_jax.engine.llm_engine import LLMEngine
-from miniinfer_jax.engine.memory import choose_dtype, default_device, default_page_size, size_pool
+from miniinfer_jax.engine.memory import choose_dtype, default_device, default_page_size, default_token_budget, size_pool
 from miniinfer_jax.engine.validation import RequestError
 from miniinfer_jax.models.decoder import param_specs
 from miniinfer_jax.outputs import CompletionOutput, RequestOutput, Score, TextDelta
@@ -30,8 +30,9 @@ class LLM:
     """A loaded model that answers prompts; names and meanings are vLLM's.
 
     model: a folder in Hugging Face layout, a hub id, or "demo" (the small model that ships). dtype "auto" is the
-    checkpoint's own, float32 on a CPU. page_size None is 16 on a CPU, 64 elsewhere; num_pages None takes what
-    `gpu_memory_utilization` leaves. load_format "dummy" makes random weights from config.json alone.
+    checkpoint's own, float32 on a CPU. None leaves the choice to the engine: max_num_batched_tokens, the tokens that
+    a step may carry, is 512 on a CPU and 8,192 elsewhere; page_size 16 and 64; max_model_len the model's own; and
+    num_pages what `gpu_memory_utilization` leaves. load_format "dummy" makes random weights from config.json alone.
     deterministic: a request's tokens and log-probabilities are bitwise the same whatever runs beside it.
     logits_processors: pure functions (logits [B, V], SamplingInputs) -> logits, traced into the step.
     Raises ValueError (ConfigError, CheckpointError, ...) for what it cannot load or run.
@@ -45,7 +46,7 @@ class LLM:
         seed: int = 0,
         max_model_len: int | None = None,
         max_num_seqs: int = 256,
-        max_num_batched_tokens: int = 2048,
+        max_num_batched_tokens: int | None = None,
         gpu_memory_utilization: float = 0.9,
         page_size: int | None = None,
         num_pages: int | None = None,
@@ -62,7 +63,9 @@ class LLM:
         device = default_device(gpu_memory_utilization)
         engine_config = EngineConfig(
             max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_batched_tokens=default_token_budget(device)
+            if max_num_batched_tokens is None
+            else max_num_batched_tokens,
             max_model_len=max_model_len,
             page_size=default_page_size(device) if page_size is None else page_size,
             num_pages=num_pages,
@@ -125,8 +128,8 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Answers a conversation, or each of several: {"role", "content"} messages through the model's chat template."""
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        """Answers a conversation, or each of several, of {"role", "content"} messages in the model's chat template."""
+        conversations: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts = [self.apply_chat_template(conversation) for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm)
 
@@ -134,8 +137,9 @@ class LLM:
         """The token ids of a conversation, ready for the assistant's turn. Raises ValueError without a template."""
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise RequestError("chat needs a tokenizer with a chat template, which this model lacks: use generate()")
-        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        conversation: Any = list(messages)
+        text = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer.encode(str(text), add_special_tokens=False)
 
     def score(self, prompts: Prompt | Sequence[Prompt], use_tqdm: bool = True) -> list[Score]:
         """How likely the model finds the tokens of each prompt, by the forward that serves. Errors as in `generate`."""
@@ -230,8 +234,8 @@ class LLM:
         """One prompt or several: a list of integers is one prompt."""
         if isinstance(prompts, str | Mapping):
             return [prompts]
-        prompts = list(prompts)
-        return [prompts] if prompts and isinstance(prompts[0], int) else prompts  # pyright: ignore
+        several: Any = list(prompts)
+        return [several] if several and isinstance(several[0], int) else several
 
     @staticmethod
     def _params_for(

@@ -1,4 +1,4 @@
-"""`ParamSpec` declares a weight once (shape, axis names, dtype, how it starts); everything else derives from a tree of them."""
+"""`ParamSpec` declares a weight once: shape, axis names, dtype, how it starts. All else derives from a tree of them."""
 
 import math
 from collections.abc import Callable

@@ -127,5 +127,10 @@ class StepPlan:
         return all(chunk.is_decode for chunk in self.chunks)
 
     @property
+    def samples(self) -> list[tuple[int, Sequence]]:
+        """(index among the chunks, sequence) of each chunk that draws a token."""
+        return [(index, chunk.sequence) for index, chunk in enumerate(self.chunks) if chunk.samples]
+
+    @property
     def num_tokens(self) -> int:
         return sum(chunk.length for chunk in self.chunks)

@@ -1,6 +1,6 @@
 """Between a `StepPlan` and the device: one packed int32 array a step, written with numpy, read again inside jit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -67,14 +67,19 @@ def recent_tokens(sequence: Sequence) -> list[int]:
     return [-1] * (NUM_RECENT - len(newest)) + newest
 
 
+def _slot(sequence: Sequence) -> int:
+    assert sequence.slot is not None, "a plan holds running sequences only"
+    return sequence.slot
+
+
 def pack_decode(plan: StepPlan, bucket: DecodeBucket, shape: CacheShape) -> np.ndarray:
     """[2, B]: the slot of each row, and the page that begins at its position (num_pages: none)."""
     packed = np.empty((2, bucket.num_rows), np.int32)
     packed[0], packed[1] = shape.num_slots, shape.num_pages
-    row_of_slot = {}
+    row_of_slot: dict[int, int] = {}
     for row, chunk in enumerate(plan.chunks):
-        row_of_slot[chunk.sequence.slot] = row
-        packed[0, row] = chunk.sequence.slot
+        row_of_slot[_slot(chunk.sequence)] = row
+        packed[0, row] = _slot(chunk.sequence)
     for new_page in plan.new_pages:
         packed[1, row_of_slot[new_page.slot]] = new_page.page
     return packed
@@ -88,7 +93,7 @@ def unpack_decode(
     is_row = slots < shape.num_slots
     positions = jnp.where(is_row, state.positions[slots], 0)
     columns = jnp.where(new_pages < shape.num_pages, positions // shape.page_size, shape.max_pages)
-    state = state.replace(page_table=state.page_table.at[slots, columns].set(new_pages, mode="drop"))
+    state = replace(state, page_table=state.page_table.at[slots, columns].set(new_pages, mode="drop"))
     page_table = state.page_table[slots]
     pages = jnp.take_along_axis(page_table, (positions // shape.page_size)[:, None], axis=1)[:, 0]
     inputs = DecodeInputs(
@@ -122,7 +127,7 @@ def pack_ragged(plan: StepPlan, bucket: RaggedBucket, shape: CacheShape) -> np.n
 
 def _pack_row(row: np.ndarray, chunk: Chunk, query_start: int) -> None:
     sequence, end = chunk.sequence, chunk.start + chunk.length
-    row[SLOT], row[QUERY_START], row[LENGTH], row[START] = sequence.slot, query_start, chunk.length, chunk.start
+    row[SLOT], row[QUERY_START], row[LENGTH], row[START] = _slot(sequence), query_start, chunk.length, chunk.start
     row[IS_DECODE], row[SAMPLES] = chunk.is_decode, chunk.samples
     if chunk.is_decode:
         return  # the slot already holds everything else
@@ -159,7 +164,7 @@ def unpack_ragged(
 
     state = _take_new_rows(state, rows, jnp.where(is_decode, shape.num_slots, slots))
     page_table = state.page_table.at[new_pages[:, 0], new_pages[:, 1]].set(new_pages[:, 2], mode="drop")
-    state = state.replace(page_table=page_table)
+    state = replace(state, page_table=page_table)
     # A decoding sequence's token is known to the device alone.
     decode_tokens = jnp.where(is_decode, query_starts, num_tokens)
     tokens = tokens.at[decode_tokens].set(state.last_tokens[slots], mode="drop")
@@ -194,7 +199,8 @@ def _take_new_rows(state: DecodeState, rows: jax.Array, slots: jax.Array) -> Dec
     first = NUM_COLUMNS - NUM_ROW_PARAMS - NUM_RECENT
     new_params = unpack_rows(rows[:, first : first + NUM_ROW_PARAMS])
     new_recent = rows[:, first + NUM_ROW_PARAMS :]
-    return state.replace(
+    return replace(
+        state,
         rows=jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), state.rows, new_params),
         recent_tokens=state.recent_tokens.at[slots].set(new_recent, mode="drop"),
     )

@@ -44,13 +44,15 @@ class Buckets:
 
 def token_budget(config: EngineConfig) -> int:
     """Tokens that one step may carry."""
-    return min(config.max_num_batched_tokens, DETERMINISTIC_TOKENS) if config.deterministic else (
-        config.max_num_batched_tokens
+    return (
+        min(config.max_num_batched_tokens, DETERMINISTIC_TOKENS)
+        if config.deterministic
+        else (config.max_num_batched_tokens)
     )
 
 
 def choose_buckets(config: EngineConfig) -> Buckets:
-    """Ragged steps of 16, 64, 256, ... tokens up to the budget; decode steps of 1, 2, 4, ... max_num_seqs rows."""
+    """Ragged steps of 16, 64, 256, ... tokens up to the budget; decode steps of 1, 4, 16, 32, ... max_num_seqs rows."""
 
     def ragged(num_tokens: int) -> RaggedBucket:
         num_rows = min(config.max_num_seqs, num_tokens)
@@ -61,7 +63,7 @@ def choose_buckets(config: EngineConfig) -> Buckets:
         return Buckets(ragged=(ragged(DETERMINISTIC_TOKENS),), decode=())
     largest = -(-config.max_num_batched_tokens // SMALLEST_PREFILL) * SMALLEST_PREFILL
     tokens = [*_powers(SMALLEST_PREFILL, largest, factor=4), largest]
-    rows = [*_powers(1, config.max_num_seqs, factor=2), config.max_num_seqs]
+    rows = [size for size in _powers(1, config.max_num_seqs, factor=2) if size not in (2, 8)] + [config.max_num_seqs]
     return Buckets(tuple(ragged(size) for size in tokens), tuple(DecodeBucket(size) for size in rows))
 
 

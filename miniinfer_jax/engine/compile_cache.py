@@ -19,7 +19,7 @@ def enable_compile_cache() -> None:
 
     The folder's mode is 0700: who can write a compiled program there can run code as the user.
     """
-    if jax.config.jax_compilation_cache_dir:
+    if jax.config.values["jax_compilation_cache_dir"]:
         return
     folder = cache_root() / "xla"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

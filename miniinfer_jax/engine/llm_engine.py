@@ -20,7 +20,7 @@ from miniinfer_jax.engine.steps import LogitsProcessor, StepContext
 from miniinfer_jax.engine.validation import RequestError, bad_word_ids, check_params, check_prompt
 from miniinfer_jax.models.decoder import DecoderParams
 from miniinfer_jax.ops.attention import choose_backend
-from miniinfer_jax.outputs import RequestOutput
+from miniinfer_jax.outputs import PromptLogprobs, RequestOutput
 from miniinfer_jax.sampling_params import MAX_SEED, SamplingParams
 from miniinfer_jax.sequence import Chunk, Sequence
 
@@ -105,15 +105,13 @@ class LLMEngine:
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use; give every request an id of its own")
         check_prompt(prompt_token_ids, self.model_config.vocab_size, self.max_model_len)
-        check_params(
-            params, self.model_config.vocab_size, self.engine_config.max_logprobs, self.tokenizer is not None
-        )
+        check_params(params, self.model_config.vocab_size, self.engine_config.max_logprobs, self.tokenizer is not None)
         sequences = [self._make_sequence(index, prompt_token_ids, params) for index in range(params.n)]
         for sequence in sequences:
             self._scheduler.add(sequence)  # all are alike: if one is refused, the first is
         self._num_requests += 1
         continuations = [self._make_continuation(index, sequence) for index, sequence in enumerate(sequences)]
-        prompt_logprobs = None if params.prompt_logprobs is None else [None]
+        prompt_logprobs: PromptLogprobs | None = None if params.prompt_logprobs is None else [None]
         request = Request(request_id, prompt, prompt_token_ids, params, continuations, streams, prompt_logprobs)
         self._requests[request_id] = request
         self._owners |= {continuation.sequence: (request, continuation) for continuation in continuations}
@@ -177,13 +175,10 @@ class LLMEngine:
     def _collect(self, step: StepInFlight) -> list[RequestOutput]:
         """Takes the results of a step: tokens to their sequences, and what follows from them."""
         token_ids, is_finite = step.token_ids(), step.is_finite()
-        samples = [(row, chunk.sequence) for row, chunk in enumerate(step.plan.chunks) if chunk.samples]
+        samples = step.plan.samples
         live = [(row, sequence) for row, sequence in samples if not sequence.is_finished]
         tokens = [int(token_ids[row]) if is_finite[row] else None for row, _ in samples]
         self._take_prompt_logprobs(step)
-        for row, sequence in live:
-            if not is_finite[row]:
-                self._runner.zero_pages(sequence.pages)
         self._scheduler.update(step.plan, tokens)
 
         news: dict[Request, None] = {}
@@ -230,10 +225,10 @@ class LLMEngine:
         """The log-probabilities of prompt tokens that this step computed; those of a second prefill are known."""
         query_start = 0
         for chunk in step.plan.chunks:
-            request = self._owners.get(chunk.sequence, (None,))[0]
-            if request is not None and request.prompt_logprobs is not None and not chunk.is_decode:
-                if chunk.sequence is request.continuations[0].sequence:
-                    self._take_chunk_logprobs(request, chunk, query_start, step)
+            request, continuation = self._owners.get(chunk.sequence, (None, None))
+            is_first = continuation is not None and continuation.index == 0
+            if request is not None and request.prompt_logprobs is not None and is_first and not chunk.is_decode:
+                self._take_chunk_logprobs(request, chunk, query_start, step)
             query_start += chunk.length
 
     def _take_chunk_logprobs(self, request: Request, chunk: Chunk, query_start: int, step: StepInFlight) -> None:
@@ -243,7 +238,9 @@ class LLMEngine:
         logprobs, ids, ranks = (np.asarray(array) for array in (scores.logprobs, scores.logprob_ids, scores.ranks))
         # Token at position p scores the one at p + 1, so entry p + 1 of the list is the next to come.
         first = len(request.prompt_logprobs) - 1
-        for position in range(max(first, chunk.start), min(chunk.start + chunk.length, len(request.prompt_token_ids) - 1)):
+        for position in range(
+            max(first, chunk.start), min(chunk.start + chunk.length, len(request.prompt_token_ids) - 1)
+        ):
             index = query_start + position - chunk.start
             request.prompt_logprobs.append(
                 position_logprobs(logprobs[index], ids[index], int(ranks[index]), num_top, self.tokenizer)

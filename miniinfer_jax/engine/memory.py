@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,22 +11,29 @@ from miniinfer_jax.config import ConfigError, EngineConfig, ModelConfig
 from miniinfer_jax.kv_cache import page_bytes
 from miniinfer_jax.ops.attention import KEY_BLOCK, QUERY_BLOCK
 
+Device = Any  # a jax.Device, which is a value to type checkers
+
 # A CPU shares its memory with everything else that runs there.
 CPU_SHARE = 0.2
 
 
-def default_device(gpu_memory_utilization: float) -> jax.Device:
+def default_device(gpu_memory_utilization: float) -> Device:
     """The device that the engine runs on; JAX takes `gpu_memory_utilization` of a GPU when it first touches it."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(gpu_memory_utilization))
     return jax.devices()[0]
 
 
-def default_page_size(device: jax.Device) -> int:
+def default_page_size(device: Device) -> int:
     """Tokens a page: larger pages read faster on a GPU, smaller ones waste less."""
     return 16 if device.platform == "cpu" else 64
 
 
-def check_dtype(dtype: str, device: jax.Device) -> None:
+def default_token_budget(device: Device) -> int:
+    """Tokens a step: as many as keep a GPU busy, and few enough for a CPU that streams do not stutter."""
+    return 512 if device.platform == "cpu" else 8192
+
+
+def check_dtype(dtype: str, device: Device) -> None:
     """Raises ConfigError for a dtype that the device does not compute in."""
     capability = getattr(device, "compute_capability", None)
     if dtype == "bfloat16" and device.platform == "gpu" and capability and float(capability) < 8.0:
@@ -35,7 +43,7 @@ def check_dtype(dtype: str, device: jax.Device) -> None:
         )
 
 
-def choose_dtype(dtype: str, model: ModelConfig, device: jax.Device) -> str:
+def choose_dtype(dtype: str, model: ModelConfig, device: Device) -> str:
     """The dtype to compute in. "auto" is the checkpoint's own, and float32 on a CPU, which is slow in the others."""
     if dtype == "auto":
         dtype = "float32" if device.platform == "cpu" else model.dtype
@@ -56,7 +64,7 @@ def workspace_bytes(model: ModelConfig, engine: EngineConfig) -> int:
     return logits + activations + keys + scores + rules
 
 
-def free_bytes(device: jax.Device) -> int:
+def free_bytes(device: Device) -> int:
     """Bytes that pages may take now: what JAX may still take of a GPU, a fifth of what is free of a CPU's memory."""
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
@@ -64,12 +72,11 @@ def free_bytes(device: jax.Device) -> int:
     return int(CPU_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
-def size_pool(
-    model: ModelConfig, engine: EngineConfig, device: jax.Device, reserved_bytes: int = 0
-) -> EngineConfig:
+def size_pool(model: ModelConfig, engine: EngineConfig, device: Device, reserved_bytes: int = 0) -> EngineConfig:
     """The engine's configuration with max_model_len and num_pages set.
 
-    The pool takes what memory allows (`reserved_bytes`: what weights not loaded yet will take), but no more than max_num_seqs sequences of max_model_len can fill. Raises
+    The pool takes what memory allows, but no more than max_num_seqs sequences of max_model_len can fill;
+    reserved_bytes: what weights that are not loaded yet will take. Raises
     ConfigError for a max_model_len above the model's own, and where not one sequence fits, with the sum.
     """
     max_model_len = engine.max_model_len or model.max_position

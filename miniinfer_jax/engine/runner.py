@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,11 @@ import numpy as np
 from tqdm import tqdm
 
 from miniinfer_jax import kv_cache
-from miniinfer_jax.batch import MAX_LOGPROBS, DecodeState, StepOutput, TokenRules, create_state
+from miniinfer_jax.batch import DecodeState, StepOutput, TokenRules, create_state
 from miniinfer_jax.engine.batching import NUM_COLUMNS, needs_rules, pack_decode, pack_ragged
-from miniinfer_jax.engine.buckets import Buckets, DecodeBucket, RaggedBucket
+from miniinfer_jax.engine.buckets import Buckets
 from miniinfer_jax.engine.steps import StepContext, decode_step, ragged_step
 from miniinfer_jax.engine.token_rules import RuleRows, rule_rows
-from miniinfer_jax.kv_cache import KVCache
 from miniinfer_jax.models.decoder import DecoderParams
 from miniinfer_jax.sequence import Sequence, StepPlan
 
@@ -44,8 +43,8 @@ class StepInFlight:
 
 def _set_rules(state: DecodeState, slot: jax.Array, rows: RuleRows) -> DecodeState:
     """The state with the rules of one slot replaced."""
-    arrays = TokenRules(*rows)
-    return state.replace(rules=jax.tree.map(lambda old, new: old.at[slot].set(new), state.rules, arrays))
+    arrays = TokenRules(*map(jnp.asarray, rows))
+    return replace(state, rules=jax.tree.map(lambda old, new: old.at[slot].set(new), state.rules, arrays))
 
 
 class Runner:
@@ -78,15 +77,6 @@ class Runner:
         for array in self._wanted(plan, output):
             array.copy_to_host_async()
         return StepInFlight(plan, output)
-
-    def zero_pages(self, pages: list[int]) -> None:
-        """Makes pages finite again after a sequence that went bad, before another one gets them."""
-        shape = self._context.shape
-        for first in range(0, len(pages), shape.max_pages):
-            padded = np.full(shape.max_pages, shape.num_pages, np.int32)
-            some = pages[first : first + shape.max_pages]
-            padded[: len(some)] = some
-            self._cache = self._programs["zero_pages"](self._cache, padded)
 
     def _send_rules(self, sequence: Sequence) -> None:
         rows = rule_rows(sequence, self._context.config.vocab_size)
@@ -138,8 +128,6 @@ class Runner:
             step = jax.jit(partial(ragged_step, context, bucket), donate_argnums=(1, 2))
             length = bucket.num_tokens + bucket.num_rows * NUM_COLUMNS + bucket.num_new_pages * 3
             jobs[bucket] = partial(step.lower, params, cache, state, int32(length))
-        zero_pages = jax.jit(kv_cache.zero_pages, donate_argnums=0)
-        jobs["zero_pages"] = partial(zero_pages.lower, cache, int32(context.shape.max_pages))
         set_rules = jax.jit(_set_rules, donate_argnums=0)
         row = shapes(jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape[1:], array.dtype), state.rules))
         rows = RuleRows(row.counts, row.flags, row.bias, row.bad_words)

@@ -1,7 +1,7 @@
 """The two programs of the engine, as pure functions: a ragged step and a decode step. `runner.py` compiles them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ def ragged_step(
     hidden, cache = forward(context.config, params, cache, inputs, context.backend)
     slots = jnp.where(rows.samples, rows.slots, context.shape.num_slots)
     state, output = _draw(context, params, state, hidden[rows.last_tokens], slots, inputs.context_lens)
-    return cache, state, output.replace(prompt_logprobs=_score_prompts(params, hidden, rows))
+    return cache, state, replace(output, prompt_logprobs=_score_prompts(params, hidden, rows))
 
 
 def _draw(
@@ -68,7 +68,8 @@ def _draw(
 ) -> tuple[DecodeState, StepOutput]:
     """Draws the tokens that follow hidden [B, D], to stand at `positions`, and leaves them in the state at `slots`."""
     inputs = SamplingInputs(
-        rows=jax.tree.map(lambda values: values[slots], state.rows),
+        # Padding rows read zeros: greedy and without rules, so that they ask for no work.
+        rows=jax.tree.map(lambda values: values.at[slots].get(mode="fill", fill_value=0), state.rows),
         positions=positions,
         recent_tokens=state.recent_tokens[slots],
         slots=slots,
@@ -79,11 +80,12 @@ def _draw(
     tokens = output.token_ids
     recent = jnp.concatenate([inputs.recent_tokens[:, 1:], tokens[:, None]], axis=1)
     counts = state.rules.counts.at[slots, tokens].add(1, mode="drop")
-    state = state.replace(
+    state = replace(
+        state,
         last_tokens=state.last_tokens.at[slots].set(tokens, mode="drop"),
         positions=state.positions.at[slots].set(positions, mode="drop"),
         recent_tokens=state.recent_tokens.at[slots].set(recent, mode="drop"),
-        rules=state.rules.replace(counts=counts),
+        rules=replace(state.rules, counts=counts),
     )
     return state, output
 

@@ -1,4 +1,4 @@
-"""A request's rules about single tokens, as the dense rows that the device reads. Sent only for requests that have any."""
+"""A request's rules about single tokens, as the dense rows that the device reads; sent only where there are any."""
 
 from typing import NamedTuple
 

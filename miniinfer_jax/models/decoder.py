@@ -3,6 +3,8 @@
 One forward serves prefill, decode, scoring and training; it sees arrays, never a request.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -19,35 +21,36 @@ from miniinfer_jax.ops.rope import rope, rope_table
 from miniinfer_jax.params import ParamSpec
 
 Array = jax.Array
+Leaf = Any  # a jax.Array, or what stands for it: a ParamSpec, a jax.ShapeDtypeStruct, None where there is none
 
 
 @struct.dataclass
 class LayerParams:
     """The weights of one block; a bias or norm that the architecture lacks is None."""
 
-    attention_norm: Array  # [D]
-    q: Array  # [N, H, D]
-    k: Array  # [K, H, D]
-    v: Array  # [K, H, D]
-    o: Array  # [D, N, H]
-    q_bias: Array | None  # [N, H]
-    k_bias: Array | None  # [K, H]
-    v_bias: Array | None  # [K, H]
-    q_norm: Array | None  # [H]
-    k_norm: Array | None  # [H]
-    ffn_norm: Array  # [D]
-    gate_up: Array  # [2, F, D]
-    down: Array  # [D, F]
+    attention_norm: Leaf  # [D]
+    q: Leaf  # [N, H, D]
+    k: Leaf  # [K, H, D]
+    v: Leaf  # [K, H, D]
+    o: Leaf  # [D, N, H]
+    q_bias: Leaf  # [N, H]
+    k_bias: Leaf  # [K, H]
+    v_bias: Leaf  # [K, H]
+    q_norm: Leaf  # [H]
+    k_norm: Leaf  # [H]
+    ffn_norm: Leaf  # [D]
+    gate_up: Leaf  # [2, F, D]
+    down: Leaf  # [D, F]
 
 
 @struct.dataclass
 class DecoderParams:
     """The weights of a model. Layers are a tuple, not a stack: a scan over a stack copies each layer out of it."""
 
-    embedding: Array  # [V, D]
+    embedding: Leaf  # [V, D]
     layers: tuple[LayerParams, ...]
-    final_norm: Array  # [D]
-    lm_head: Array | None  # [V, D], None: tied to the embedding
+    final_norm: Leaf  # [D]
+    lm_head: Leaf  # [V, D], None: tied to the embedding
 
 
 def param_specs(config: ModelConfig, dtype: str | None = None) -> DecoderParams:

@@ -56,10 +56,8 @@ def decode_reference(
     queries: jax.Array, cache: KVCache, layer: int, inputs: DecodeInputs, window: int | None
 ) -> jax.Array:
     """Each query [B, N, H] over its sequence's pages, in plain XLA."""
-    attended = _attend(
-        queries[:, None], cache, layer, inputs.positions[:, None], inputs.page_table, inputs.longest_context, window
-    )
-    return attended[:, 0]
+    rows = _Rows(inputs.positions[:, None], inputs.context_lens, inputs.page_table)
+    return _attend(queries[:, None], cache, layer, rows, inputs.longest_context, window)[:, 0]
 
 
 def prefill_reference(
@@ -67,16 +65,17 @@ def prefill_reference(
 ) -> jax.Array:
     """Each query [T, N, H] over its sequence's pages, in plain XLA: chunks are cut into work items of Q queries."""
     items = _work_items(inputs)
-    attended = _attend(
-        queries[items.tokens],
-        cache,
-        layer,
-        inputs.positions[items.tokens],
-        inputs.page_table[items.rows],
-        inputs.longest_context,
-        window,
-    )  # [W, Q, N, H]
+    rows = _Rows(inputs.positions[items.tokens], inputs.context_lens[items.rows], inputs.page_table[items.rows])
+    attended = _attend(queries[items.tokens], cache, layer, rows, inputs.longest_context, window)  # [W, Q, N, H]
     return attended.reshape(-1, *queries.shape[1:])[items.places]
+
+
+class _Rows(NamedTuple):
+    """Where the queries of each work item stand, and what they may see."""
+
+    positions: jax.Array  # [W, Q]
+    context_lens: jax.Array  # [W]
+    page_table: jax.Array  # [W, P]
 
 
 class _WorkItems(NamedTuple):
@@ -116,12 +115,11 @@ def _attend(
     queries: jax.Array,
     cache: KVCache,
     layer: int,
-    positions: jax.Array,
-    page_table: jax.Array,
+    rows: _Rows,
     longest_context: jax.Array | None,
     window: int | None,
 ) -> jax.Array:
-    """queries [W, Q, N, H] at positions [W, Q] over the pages of row w [P] -> [W, Q, N, H].
+    """queries [W, Q, N, H] over the pages of their rows -> [W, Q, N, H].
 
     Keys are visited in blocks of fixed size from position 0 on, so that neither the page table's width nor the
     longest neighbour changes a bit of a query's result: a block behind its own position adds exact zeros.
@@ -131,12 +129,12 @@ def _attend(
     group = num_heads // num_kv_heads
     folded = queries.reshape(num_items, num_queries, num_kv_heads, group, head_dim)
     folded = folded.transpose(0, 2, 1, 3, 4).reshape(num_items, num_kv_heads, num_queries * group, head_dim)
-    row_positions = jnp.repeat(positions, group, axis=1)[:, None, :, None]  # [W, 1, Q * G, 1]
+    row_positions = jnp.repeat(rows.positions, group, axis=1)[:, None, :, None]  # [W, 1, Q * G, 1]
 
-    pages_per_block = max(1, min(KEY_BLOCK // cache.page_size, page_table.shape[1]))
-    num_blocks = -(-page_table.shape[1] // pages_per_block)
-    padding = num_blocks * pages_per_block - page_table.shape[1]
-    page_table = jnp.pad(page_table, ((0, 0), (0, padding)))
+    num_pages = rows.page_table.shape[1]
+    pages_per_block = max(1, min(KEY_BLOCK // cache.page_size, num_pages))
+    num_blocks = -(-num_pages // pages_per_block)
+    page_table = jnp.pad(rows.page_table, ((0, 0), (0, num_blocks * pages_per_block - num_pages)))
     block_len = pages_per_block * cache.page_size
     precision = lax.Precision.HIGHEST if queries.dtype == jnp.float32 else None
 
@@ -147,6 +145,9 @@ def _attend(
             "wkmh,wckh->wkmc", folded, keys, precision=precision, preferred_element_type=jnp.float32
         ) * (head_dim**-0.5)
         key_positions = block * block_len + jnp.arange(block_len)
+        # A page may still hold another sequence's values, and 0 * NaN is NaN.
+        is_own = key_positions < rows.context_lens[:, None]  # [W, C]
+        values = jnp.where(is_own[..., None, None], values, 0)
         visible = key_positions <= row_positions
         if window is not None:
             visible &= key_positions > row_positions - window
@@ -188,7 +189,7 @@ BACKENDS: dict[str, AttentionBackend] = {
 
 
 def choose_backend(name: str) -> AttentionBackend:
-    """The backend called `name`; "auto" is the best one for this device, logged. Raises ValueError for an unknown one."""
+    """The backend called `name`; "auto" is the best one for this device, logged. ValueError for an unknown one."""
     if name == "auto":
         logger.info("attention backend: xla")
         return BACKENDS["xla"]

@@ -1,0 +1,1 @@
+"""What a run costs, what the device can give, and how near the engine comes: `miniinfer bench`."""

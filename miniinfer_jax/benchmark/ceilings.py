@@ -1,0 +1,48 @@
+"""What the device really gives: bytes read a second and floating-point operations a second, measured in this run.
+
+Random data throughout: on zeros, power draw and with it the clock are not those of real work.
+"""
+
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from miniinfer_jax.benchmark.roofline import Ceilings
+
+NUM_REPEATS = 5
+
+
+def best_seconds(compute: Callable[[], jax.Array]) -> float:
+    """The shortest of a few runs, compilation left out."""
+    compute().block_until_ready()
+    times = []
+    for _ in range(NUM_REPEATS):
+        started_at = time.perf_counter()
+        compute().block_until_ready()
+        times.append(time.perf_counter() - started_at)
+    return min(times)
+
+
+def measure_read_rate(num_bytes: int) -> float:
+    """Bytes a second of adding up an array that no cache holds."""
+    row_length = 8192
+    values = jax.random.bits(jax.random.key(0), (num_bytes // (4 * row_length), row_length), jnp.uint32)
+    return values.nbytes / best_seconds(lambda: jnp.sum(values, axis=1))
+
+
+def measure_matmul_rate(size: int, dtype: str) -> float:
+    """Operations a second of a square matrix product, a multiply-add counted as two."""
+    keys = jax.random.split(jax.random.key(1))
+    left, right = (jax.random.normal(key, (size, size), jnp.float32).astype(dtype) for key in keys)
+    return 2 * size**3 / best_seconds(lambda: jnp.matmul(left, right))
+
+
+def measure_ceilings(dtype: str) -> Ceilings:
+    """The ceilings of the first device, for matrix products in `dtype`; about a second of work."""
+    is_cpu = jax.devices()[0].platform == "cpu"
+    return Ceilings(
+        bytes_per_second=measure_read_rate(2**28 if is_cpu else 2**32),
+        operations_per_second=measure_matmul_rate(1024 if is_cpu else 8192, dtype),
+    )

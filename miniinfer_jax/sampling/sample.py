@@ -1,0 +1,106 @@
+"""`sample`, the whole way from logits to a step's output, and `score_tokens` for tokens that are given."""
+
+import jax
+import jax.numpy as jnp
+
+from miniinfer_jax.batch import MAX_LOGPROBS, PromptScores, SamplingInputs, StepOutput
+from miniinfer_jax.sampling.draw import draw
+from miniinfer_jax.sampling.transforms import (
+    LogitsProcessor,
+    apply_bias_and_bans,
+    apply_min_p,
+    apply_penalties,
+    apply_temperature,
+    apply_top_k_and_top_p,
+)
+
+# vLLM's order; the user's own processors come between the two.
+TRANSFORMS_BEFORE = (apply_bias_and_bans, apply_penalties)
+TRANSFORMS_AFTER = (apply_temperature, apply_min_p, apply_top_k_and_top_p)
+
+
+def sample(
+    logits: jax.Array, inputs: SamplingInputs, logits_processors: tuple[LogitsProcessor, ...] = ()
+) -> StepOutput:
+    """One token a row, drawn from the transformed logits, with log-probabilities of the logits [B, V] float32 as given.
+
+    A row is finite when its largest logit is, before the transforms and after the user's processors: NaN, +inf and
+    a row without any allowed token leave nothing to draw. Raises ValueError, while being traced, for a processor
+    that changes shape or dtype.
+    """
+    model_logits = logits
+    for transform in TRANSFORMS_BEFORE:
+        with jax.named_scope(transform.__name__):
+            logits = transform(logits, inputs)
+    for processor in logits_processors:
+        with jax.named_scope("logits_processor"):
+            logits = _apply_processor(processor, logits, inputs)
+    is_finite = _has_finite_maximum(model_logits) & _has_finite_maximum(logits)
+    for transform in TRANSFORMS_AFTER:
+        with jax.named_scope(transform.__name__):
+            logits = transform(logits, inputs)
+    with jax.named_scope("draw"):
+        token_ids = draw(logits, inputs)
+    with jax.named_scope("logprobs"):
+        scores = _scores_where_asked(model_logits, token_ids, inputs.rows.num_logprobs > 0)
+    return StepOutput(
+        token_ids=token_ids,
+        is_finite=is_finite,
+        logprobs=scores.logprobs,
+        logprob_ids=scores.logprob_ids,
+        ranks=scores.ranks,
+    )
+
+
+def score_tokens(logits: jax.Array, next_ids: jax.Array) -> PromptScores:
+    """How likely logits [T, V] float32 make the tokens next_ids [T], and which tokens they make the likeliest.
+
+    Rank 1 is the likeliest; equals share a rank. A vocabulary smaller than MAX_LOGPROBS leaves the last entries
+    at token -1, log-probability -inf. The sort takes about as much memory as the logits: give few rows at a time.
+    """
+    num_top = min(MAX_LOGPROBS, logits.shape[-1])
+    chosen = jnp.take_along_axis(logits, next_ids[:, None], axis=-1, mode="clip")  # [T, 1]
+    top, top_ids = jax.lax.top_k(logits, num_top)  # [T, num_top]
+    log_total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)  # [T, 1]
+    logprobs = jnp.concatenate([chosen, top], axis=-1) - log_total
+    ids = jnp.concatenate([next_ids[:, None], top_ids], axis=-1).astype(jnp.int32)
+    padding = ((0, 0), (0, MAX_LOGPROBS - num_top))
+    return PromptScores(
+        logprobs=jnp.pad(logprobs, padding, constant_values=-jnp.inf),
+        logprob_ids=jnp.pad(ids, padding, constant_values=-1),
+        ranks=1 + jnp.sum(logits > chosen, axis=-1, dtype=jnp.int32),
+    )
+
+
+def _scores_where_asked(logits: jax.Array, token_ids: jax.Array, is_asked: jax.Array) -> PromptScores:
+    """The scores of token_ids [B] in the rows that asked for them [B], zeros in the others."""
+
+    def score(logits: jax.Array) -> PromptScores:
+        scores = score_tokens(logits, token_ids)
+        return PromptScores(
+            logprobs=jnp.where(is_asked[:, None], scores.logprobs, 0),
+            logprob_ids=jnp.where(is_asked[:, None], scores.logprob_ids, 0),
+            ranks=jnp.where(is_asked, scores.ranks, 0),
+        )
+
+    def zeros(logits: jax.Array) -> PromptScores:
+        return jax.tree.map(jnp.zeros_like, jax.eval_shape(score, logits))
+
+    return jax.lax.cond(jnp.any(is_asked), score, zeros, logits)
+
+
+def _apply_processor(processor: LogitsProcessor, logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
+    """The processor's logits, once they are known to have the shape and dtype of those it was given."""
+    result = processor(logits, inputs)
+    shape, dtype = jnp.shape(result), jnp.result_type(result)
+    if shape != logits.shape or dtype != logits.dtype:
+        raise ValueError(
+            f"logits processor {processor!r} returned {dtype}{list(shape)} for {logits.dtype}{list(logits.shape)}; "
+            "it must keep shape and dtype"
+        )
+    return result
+
+
+def _has_finite_maximum(logits: jax.Array) -> jax.Array:
+    """Which rows [B] can be drawn from: one pass finds NaN and +inf (a maximum carries both) and rows of only -inf."""
+    return jnp.isfinite(jnp.max(logits, axis=-1))

@@ -1,0 +1,66 @@
+"""Pages are handed out once, come back once, and the integrity check sees every way to break that."""
+
+import pytest
+
+from miniinfer_jax.engine.page_allocator import PageAllocator
+
+
+def test_pages_are_distinct_and_come_back():
+    allocator = PageAllocator(4)
+    first = allocator.allocate(3)
+    assert len(set(first)) == 3
+    assert allocator.num_free == 1
+    allocator.check([first])
+    allocator.free(first)
+    assert allocator.num_free == 4
+    assert sorted(allocator.allocate(4)) == [0, 1, 2, 3]
+
+
+def test_allocating_nothing_takes_nothing():
+    allocator = PageAllocator(2)
+    assert allocator.allocate(0) == []
+    assert allocator.num_free == 2
+
+
+def test_a_request_too_large_takes_nothing():
+    allocator = PageAllocator(2)
+    with pytest.raises(RuntimeError, match="3 pages asked for, 2 of 2 are free"):
+        allocator.allocate(3)
+    assert allocator.num_free == 2
+
+
+def test_freeing_twice_is_an_error():
+    allocator = PageAllocator(2)
+    pages = allocator.allocate(1)
+    allocator.free(pages)
+    with pytest.raises(RuntimeError, match="is free already"):
+        allocator.free(pages)
+
+
+def test_an_empty_pool_is_refused():
+    with pytest.raises(ValueError, match="num_pages is 0"):
+        PageAllocator(0)
+
+
+def test_check_sees_a_leaked_page():
+    allocator = PageAllocator(3)
+    [page] = allocator.allocate(1)
+    with pytest.raises(RuntimeError, match=f"page {page} has 1 references and 0 owners"):
+        allocator.check([])
+
+
+def test_check_sees_a_page_owned_twice():
+    allocator = PageAllocator(3)
+    pages = allocator.allocate(1)
+    with pytest.raises(RuntimeError, match="1 references and 2 owners"):
+        allocator.check([pages, pages])
+
+
+def test_check_sees_an_owner_of_a_free_page():
+    with pytest.raises(RuntimeError, match="page 2 has 0 references and 1 owners"):
+        PageAllocator(3).check([[2]])
+
+
+def test_check_sees_a_page_outside_the_pool():
+    with pytest.raises(RuntimeError, match="are not the 3 of the pool"):
+        PageAllocator(3).check([[7]])
