@@ -17,13 +17,10 @@ class KVCache:
 
     layers: tuple[jax.Array, ...]  # one a layer: [num_pages, S, K, 2, H], keys at 0 and values at 1
 
-    @property
-    def num_pages(self) -> int:
-        return self.layers[0].shape[0]
 
-    @property
-    def page_size(self) -> int:
-        return self.layers[0].shape[1]
+def sizes(pages: jax.Array) -> tuple[int, int]:
+    """(tokens a page, kv heads) of a layer's pages."""
+    return pages.shape[1], pages.shape[2]
 
 
 def layer_shape(config: ModelConfig, num_pages: int, page_size: int) -> tuple[int, ...]:
@@ -42,18 +39,16 @@ def create(config: ModelConfig, num_pages: int, page_size: int, dtype: str) -> K
     return KVCache(layers=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)))
 
 
-def write(cache: KVCache, layer: int, keys: jax.Array, values: jax.Array, slots: jax.Array) -> KVCache:
-    """The cache with keys and values [T, K, H] at slots [T]; a slot past the end is dropped (padding)."""
-    pages = cache.layers[layer]
-    page_size = cache.page_size
+def write(pages: jax.Array, keys: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
+    """A layer's pages with keys and values [T, K, H] at slots [T]; a slot past the end is dropped (padding)."""
+    page_size = pages.shape[1]
     both = jnp.stack([keys, values], axis=2).astype(pages.dtype)  # [T, K, 2, H]
-    pages = pages.at[slots // page_size, slots % page_size].set(both, mode="drop")
-    return KVCache(layers=cache.layers[:layer] + (pages,) + cache.layers[layer + 1 :])
+    return pages.at[slots // page_size, slots % page_size].set(both, mode="drop")
 
 
-def read(cache: KVCache, layer: int, page_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of pages [..., n], each [..., n * S, K, H]."""
-    gathered = cache.layers[layer][page_ids]  # [..., n, S, K, 2, H]
+def read(pages: jax.Array, page_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of a layer's pages [..., n], each [..., n * S, K, H]."""
+    gathered = pages[page_ids]  # [..., n, S, K, 2, H]
     *batch, num_pages, page_size, num_kv_heads, _, head_dim = gathered.shape
     shape = (*batch, num_pages * page_size, num_kv_heads, head_dim)
     return gathered[..., 0, :].reshape(shape), gathered[..., 1, :].reshape(shape)

@@ -29,72 +29,61 @@ def tokens(num_tokens, seed=0):
 
 
 @pytest.fixture
-def cache():
-    return kv_cache.create(CONFIG, NUM_PAGES, PAGE_SIZE, "float32")
+def pages():
+    """Those of one layer."""
+    return kv_cache.create(CONFIG, NUM_PAGES, PAGE_SIZE, "float32").layers[0]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_new_cache_is_zeros_and_as_large_as_said(dtype):
     cache = kv_cache.create(CONFIG, NUM_PAGES, PAGE_SIZE, dtype)
-    assert (cache.num_pages, cache.page_size, len(cache.layers)) == (NUM_PAGES, PAGE_SIZE, CONFIG.num_layers)
+    assert len(cache.layers) == CONFIG.num_layers
+    assert kv_cache.sizes(cache.layers[0]) == (PAGE_SIZE, CONFIG.num_kv_heads)
     assert all(layer.dtype == jnp.dtype(dtype) and not jnp.any(layer) for layer in cache.layers)
     assert all(layer.shape == kv_cache.layer_shape(CONFIG, NUM_PAGES, PAGE_SIZE) for layer in cache.layers)
     assert sum(layer.nbytes for layer in cache.layers) == NUM_PAGES * kv_cache.page_bytes(CONFIG, PAGE_SIZE, dtype)
 
 
-def test_what_is_written_is_read_back_in_the_order_of_the_page_ids(cache):
+def test_what_is_written_is_read_back_in_the_order_of_the_page_ids(pages):
     keys, values = tokens(NUM_PAGES * PAGE_SIZE)
     order = np.random.default_rng(1).permutation(NUM_PAGES)
     slots = (order[:, None] * PAGE_SIZE + np.arange(PAGE_SIZE)).reshape(-1)
-    written = kv_cache.write(cache, 1, keys, values, jnp.asarray(slots))
-    read_keys, read_values = kv_cache.read(written, 1, jnp.asarray(order))
+    written = kv_cache.write(pages, keys, values, jnp.asarray(slots))
+    read_keys, read_values = kv_cache.read(written, jnp.asarray(order))
     np.testing.assert_array_equal(read_keys, keys)
     np.testing.assert_array_equal(read_values, values)
-    assert not jnp.any(written.layers[0])
 
 
-def test_pages_are_read_for_many_sequences_at_once(cache):
+def test_pages_are_read_for_many_sequences_at_once(pages):
     keys, values = tokens(NUM_PAGES * PAGE_SIZE)
-    written = kv_cache.write(cache, 0, keys, values, jnp.arange(NUM_PAGES * PAGE_SIZE))
+    written = kv_cache.write(pages, keys, values, jnp.arange(NUM_PAGES * PAGE_SIZE))
     table = jnp.asarray([[0, 5], [2, 2], [4, 1]])
-    read_keys, read_values = kv_cache.read(written, 0, table)
+    read_keys, read_values = kv_cache.read(written, table)
     assert read_keys.shape == (3, 2 * PAGE_SIZE, CONFIG.num_kv_heads, CONFIG.head_dim)
     paged = np.asarray(values).reshape(NUM_PAGES, PAGE_SIZE, CONFIG.num_kv_heads, CONFIG.head_dim)
     np.testing.assert_array_equal(read_values, paged[np.asarray(table)].reshape(read_values.shape))
 
 
-def test_a_slot_past_the_end_is_dropped_and_the_last_slot_stays(cache):
+def test_a_slot_past_the_end_is_dropped_and_the_last_slot_stays(pages):
     keys, values = tokens(4)
     end = NUM_PAGES * PAGE_SIZE
-    written = kv_cache.write(cache, 0, keys, values, jnp.asarray([end, 3, end + 7, end]))
-    all_keys, _ = kv_cache.read(written, 0, jnp.arange(NUM_PAGES))
+    written = kv_cache.write(pages, keys, values, jnp.asarray([end, 3, end + 7, end]))
+    all_keys, _ = kv_cache.read(written, jnp.arange(NUM_PAGES))
     assert np.flatnonzero(np.any(np.asarray(all_keys), axis=(1, 2))).tolist() == [3]
     np.testing.assert_array_equal(all_keys[3], keys[1])
 
 
 def test_values_are_kept_in_the_dtype_of_the_cache():
-    cache = kv_cache.create(CONFIG, NUM_PAGES, PAGE_SIZE, "bfloat16")
+    pages = kv_cache.create(CONFIG, NUM_PAGES, PAGE_SIZE, "bfloat16").layers[0]
     keys, values = tokens(2)
-    read_keys, _ = kv_cache.read(kv_cache.write(cache, 0, keys, values, jnp.asarray([0, 1])), 0, jnp.asarray([0]))
+    read_keys, _ = kv_cache.read(kv_cache.write(pages, keys, values, jnp.asarray([0, 1])), jnp.asarray([0]))
     assert read_keys.dtype == jnp.bfloat16
     np.testing.assert_array_equal(read_keys[:2], keys.astype(jnp.bfloat16))
 
 
-def test_zeroed_pages_are_finite_again_in_every_layer_and_the_others_stay(cache):
-    bad = jnp.full((PAGE_SIZE, CONFIG.num_kv_heads, CONFIG.head_dim), jnp.nan)
-    keys, values = tokens(PAGE_SIZE)
-    for layer in range(CONFIG.num_layers):
-        cache = kv_cache.write(cache, layer, bad, bad, 2 * PAGE_SIZE + jnp.arange(PAGE_SIZE))
-        cache = kv_cache.write(cache, layer, keys, values, (NUM_PAGES - 1) * PAGE_SIZE + jnp.arange(PAGE_SIZE))
-    cache = kv_cache.zero_pages(cache, jnp.asarray([2, NUM_PAGES, NUM_PAGES]))  # padding lies past the end
-    for layer in range(CONFIG.num_layers):
-        assert not jnp.any(kv_cache.read(cache, layer, jnp.asarray([2]))[0])
-        np.testing.assert_array_equal(kv_cache.read(cache, layer, jnp.asarray([NUM_PAGES - 1]))[1], values)
-
-
-def test_a_donated_cache_is_updated_in_place(cache):
+def test_donated_pages_are_updated_in_place(pages):
     keys, values = tokens(2)
-    write = jax.jit(kv_cache.write, static_argnums=1, donate_argnums=0)
-    addresses = [layer.unsafe_buffer_pointer() for layer in cache.layers]
-    written = write(cache, 0, keys, values, jnp.asarray([1, 9]))
-    assert [layer.unsafe_buffer_pointer() for layer in written.layers] == addresses
+    write = jax.jit(kv_cache.write, donate_argnums=0)
+    address = pages.unsafe_buffer_pointer()
+    written = write(pages, keys, values, jnp.asarray([1, 9]))
+    assert written.unsafe_buffer_pointer() == address

@@ -15,7 +15,6 @@ from jax import lax
 
 from miniinfer_jax import kv_cache
 from miniinfer_jax.batch import DecodeInputs, PrefillInputs
-from miniinfer_jax.kv_cache import KVCache
 
 logger = logging.getLogger(__name__)
 
@@ -23,12 +22,12 @@ QUERY_BLOCK = 16  # queries a work item: one sequence's, so that they share its 
 KEY_BLOCK = 256  # keys of one turn of the loop
 MASKED = -1e30  # finite: a fully masked block is then undone exactly by the next rescaling
 
-PrefillAttention = Callable[[jax.Array, KVCache, int, PrefillInputs, int | None], jax.Array]
-DecodeAttention = Callable[[jax.Array, KVCache, int, DecodeInputs, int | None], jax.Array]
+PrefillAttention = Callable[[jax.Array, jax.Array, PrefillInputs, int | None], jax.Array]
+DecodeAttention = Callable[[jax.Array, jax.Array, DecodeInputs, int | None], jax.Array]
 
 
 class AttentionBackend(NamedTuple):
-    """Both functions take (queries, cache, layer, inputs, window) and return an array of the queries' shape."""
+    """Both functions take (queries, pages of the layer, inputs, window) and return an array of the queries' shape."""
 
     name: str
     prefill: PrefillAttention
@@ -37,8 +36,7 @@ class AttentionBackend(NamedTuple):
 
 def attention(
     queries: jax.Array,
-    cache: KVCache,
-    layer: int,
+    pages: jax.Array,
     inputs: PrefillInputs | DecodeInputs,
     window: int | None,
     backend: AttentionBackend,
@@ -48,25 +46,21 @@ def attention(
     A query at position p sees keys at positions (p - window, p], or [0, p] without a window.
     """
     if isinstance(inputs, PrefillInputs):
-        return backend.prefill(queries, cache, layer, inputs, window)
-    return backend.decode(queries, cache, layer, inputs, window)
+        return backend.prefill(queries, pages, inputs, window)
+    return backend.decode(queries, pages, inputs, window)
 
 
-def decode_reference(
-    queries: jax.Array, cache: KVCache, layer: int, inputs: DecodeInputs, window: int | None
-) -> jax.Array:
+def decode_reference(queries: jax.Array, pages: jax.Array, inputs: DecodeInputs, window: int | None) -> jax.Array:
     """Each query [B, N, H] over its sequence's pages, in plain XLA."""
     rows = _Rows(inputs.positions[:, None], inputs.context_lens, inputs.page_table)
-    return _attend(queries[:, None], cache, layer, rows, inputs.longest_context, window)[:, 0]
+    return _attend(queries[:, None], pages, rows, inputs.longest_context, window)[:, 0]
 
 
-def prefill_reference(
-    queries: jax.Array, cache: KVCache, layer: int, inputs: PrefillInputs, window: int | None
-) -> jax.Array:
+def prefill_reference(queries: jax.Array, pages: jax.Array, inputs: PrefillInputs, window: int | None) -> jax.Array:
     """Each query [T, N, H] over its sequence's pages, in plain XLA: chunks are cut into work items of Q queries."""
     items = _work_items(inputs)
     rows = _Rows(inputs.positions[items.tokens], inputs.context_lens[items.rows], inputs.page_table[items.rows])
-    attended = _attend(queries[items.tokens], cache, layer, rows, inputs.longest_context, window)  # [W, Q, N, H]
+    attended = _attend(queries[items.tokens], pages, rows, inputs.longest_context, window)  # [W, Q, N, H]
     return attended.reshape(-1, *queries.shape[1:])[items.places]
 
 
@@ -113,8 +107,7 @@ class _Running(NamedTuple):
 
 def _attend(
     queries: jax.Array,
-    cache: KVCache,
-    layer: int,
+    pages: jax.Array,
     rows: _Rows,
     longest_context: jax.Array | None,
     window: int | None,
@@ -125,22 +118,22 @@ def _attend(
     longest neighbour changes a bit of a query's result: a block behind its own position adds exact zeros.
     """
     num_items, num_queries, num_heads, head_dim = queries.shape
-    num_kv_heads = cache.layers[layer].shape[2]
+    page_size, num_kv_heads = kv_cache.sizes(pages)
     group = num_heads // num_kv_heads
     folded = queries.reshape(num_items, num_queries, num_kv_heads, group, head_dim)
     folded = folded.transpose(0, 2, 1, 3, 4).reshape(num_items, num_kv_heads, num_queries * group, head_dim)
     row_positions = jnp.repeat(rows.positions, group, axis=1)[:, None, :, None]  # [W, 1, Q * G, 1]
 
     num_pages = rows.page_table.shape[1]
-    pages_per_block = max(1, min(KEY_BLOCK // cache.page_size, num_pages))
+    pages_per_block = max(1, min(KEY_BLOCK // page_size, num_pages))
     num_blocks = -(-num_pages // pages_per_block)
     page_table = jnp.pad(rows.page_table, ((0, 0), (0, num_blocks * pages_per_block - num_pages)))
-    block_len = pages_per_block * cache.page_size
+    block_len = pages_per_block * page_size
     precision = lax.Precision.HIGHEST if queries.dtype == jnp.float32 else None
 
     def visit(block: jax.Array | int, running: _Running) -> _Running:
         page_ids = lax.dynamic_slice_in_dim(page_table, block * pages_per_block, pages_per_block, axis=1)
-        keys, values = kv_cache.read(cache, layer, page_ids)  # [W, C, K, H]
+        keys, values = kv_cache.read(pages, page_ids)  # [W, C, K, H]
         scores = jnp.einsum(
             "wkmh,wckh->wkmc", folded, keys, precision=precision, preferred_element_type=jnp.float32
         ) * (head_dim**-0.5)

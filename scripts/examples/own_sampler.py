@@ -13,7 +13,7 @@ def keep_the_two_likeliest(logits: jax.Array, inputs: SamplingInputs) -> jax.Arr
     return jnp.where(logits >= second, logits, -jnp.inf)
 
 
-llm = LLM("demo", max_num_seqs=8, logits_processors=[keep_the_two_likeliest])
+llm = LLM("demo", max_num_seqs=4, max_num_batched_tokens=64, logits_processors=[keep_the_two_likeliest])
 params = [SamplingParams(temperature=1.0, seed=seed, max_tokens=24) for seed in range(3)]
 for output in llm.generate(["Once upon a time"] * 3, params):
     print(repr(output.outputs[0].text))

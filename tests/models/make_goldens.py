@@ -1,6 +1,6 @@
 """Asks transformers (torch, CPU) what the models of parity_cases answer; as a script, writes goldens/*.npz.
 
-    python tests/models/make_goldens.py
+python tests/models/make_goldens.py
 """
 
 import json
@@ -28,6 +28,7 @@ CLASSES = {
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
 }
 SMALLEST_GAP = 2e-3  # between the two likeliest tokens; ten times what logits may differ by
+FEWEST_TOKENS = 8  # different ones in a continuation; a loop of two would prove little
 MAX_ROWS = 128
 
 
@@ -49,7 +50,9 @@ def ask_transformers(case: Case, folder: Path) -> Expected:
     greedy = [continue_greedily(model, prompt) for prompt in (tokens, tokens[:SHORT_PROMPT])]
     half_errors = {}
     for dtype in ("bfloat16", "float16"):
-        errors = np.abs(forward(model.to(getattr(torch, dtype)), tokens) - logits)[rows]
+        # Loaded anew: model.to(dtype) would round the frequencies of the rotary embedding too.
+        half = model_class.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="eager")
+        errors = np.abs(forward(half, tokens) - logits)[rows]
         half_errors[dtype] = [float(errors.max()), float(errors.mean())]
     return Expected(
         hf_config=json.loads((folder / "config.json").read_text()),
@@ -87,6 +90,8 @@ def continue_greedily(model: torch.nn.Module, prompt: np.ndarray) -> tuple[np.nd
     gap = float((best[:, 0] - best[:, 1]).min())
     assert gap > SMALLEST_GAP, f"the two likeliest tokens are only {gap:.1e} apart: give the case another seed"
     ids = output.sequences[0, len(prompt) :]
+    num_different = len(set(ids.tolist()))
+    assert num_different >= FEWEST_TOKENS, f"only {num_different} different tokens: give the case another seed"
     return ids.numpy(), torch.log_softmax(logits, dim=-1)[torch.arange(NUM_GREEDY), ids].float().numpy()
 
 

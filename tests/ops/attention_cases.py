@@ -9,9 +9,6 @@ import numpy as np
 from miniinfer_jax import kv_cache
 from miniinfer_jax.batch import DecodeInputs, PrefillInputs
 from miniinfer_jax.config import ModelConfig
-from miniinfer_jax.kv_cache import KVCache
-
-LAYER = 1  # of two: reading the wrong one is noticed
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class Case:
     shape: Shape
     chunks: list[tuple[int, int]]  # (tokens in the cache before, tokens of the chunk) of each row
     queries: jax.Array  # [T, N, H], padding included
-    cache: KVCache
+    pages: jax.Array  # of one layer
     page_table: jax.Array  # [R, P]
     slots: list[np.ndarray]  # of each row's context
     sequences: list[tuple[np.ndarray, np.ndarray]]  # keys and values [context, K, H] of each row, in float64
@@ -46,7 +43,7 @@ class Case:
     def prefill_inputs(self, bounded: bool) -> PrefillInputs:
         """The chunks as a ragged batch; `bounded` gives longest_context."""
         num_padding = self.queries.shape[0] - self.num_tokens
-        past_the_end = self.cache.num_pages * self.cache.page_size
+        past_the_end = self.pages.shape[0] * self.shape.page_size
         positions = [np.arange(cached, cached + length) for cached, length in self.chunks]
         slots = [row[cached:] for row, (cached, _) in zip(self.slots, self.chunks, strict=True)]
         return PrefillInputs(
@@ -99,10 +96,8 @@ def make_case(shape: Shape, chunks: list[tuple[int, int]], num_padding: int = 0,
     scale = np.full(num_pages * page_size, shape.garbage)
     scale[np.concatenate(slots)] = 1.0
     keys, values = (jnp.asarray(x * scale[:, None, None], shape.dtype) for x in (keys, values))
-    cache = kv_cache.create(_model(shape), num_pages, page_size, shape.dtype)
-    every_slot = _int32(np.arange(num_pages * page_size))
-    cache = kv_cache.write(cache, LAYER, keys, values, every_slot)
-    cache = kv_cache.write(cache, 1 - LAYER, values, keys, every_slot)
+    (pages,) = kv_cache.create(_model(shape), num_pages, page_size, shape.dtype).layers
+    pages = kv_cache.write(pages, keys, values, _int32(np.arange(num_pages * page_size)))
 
     num_tokens = sum(length for _, length in chunks) + num_padding
     queries = 2 * _random(generator, shape, num_tokens, shape.num_heads)  # some keys matter much more than others
@@ -111,7 +106,7 @@ def make_case(shape: Shape, chunks: list[tuple[int, int]], num_padding: int = 0,
         shape=shape,
         chunks=chunks,
         queries=jnp.asarray(queries, shape.dtype),
-        cache=cache,
+        pages=pages,
         page_table=_int32(page_table),
         slots=slots,
         sequences=[(wide_keys[own], wide_values[own]) for own in slots],
@@ -142,7 +137,7 @@ def _model(shape: Shape) -> ModelConfig:
         architecture="Qwen2ForCausalLM",
         vocab_size=8,
         hidden_size=8,
-        num_layers=2,
+        num_layers=1,
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,

@@ -23,7 +23,8 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_a_line(tmp_path):
     lines = [json.dumps({"prompt_token_ids": [number + 1], "max_tokens": 100}) for number in range(NUM_REQUESTS)]
     input.write_text("\n".join(lines[:-1] + ["{broken"]) + "\n")
     model = write_shape("tiny", tmp_path)
-    flags = "--load-format dummy --max-num-seqs 2 --max-num-batched-tokens 16 --max-model-len 128 --num-pages 16 --ignore-eos --json"
+    sizes = "--max-num-seqs 2 --max-num-batched-tokens 16 --max-model-len 128 --num-pages 16"
+    flags = f"--load-format dummy {sizes} --ignore-eos --json"
     command = [sys.executable, SCRIPT, input, output, "--model", model, *flags.split()]
 
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
