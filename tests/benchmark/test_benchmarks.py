@@ -6,16 +6,33 @@ import sys
 import pytest
 
 from miniinfer_jax import cli, models
-from miniinfer_jax.benchmark import roofline
+from miniinfer_jax.benchmark import ceilings, roofline
 from miniinfer_jax.benchmark.latency import steps_to_start, time_batch
+from miniinfer_jax.benchmark.roofline import Ceilings
 from miniinfer_jax.benchmark.shapes import SHAPES, write_shape
 from miniinfer_jax.benchmark.throughput import Workload
+from miniinfer_jax.cli.options import EngineOptions
 
 ENGINE = "--model tiny --max-num-seqs 2 --max-num-batched-tokens 16 --max-model-len 128 --num-pages 16 --json"
 
 
+@pytest.fixture(scope="module")
+def open_once():
+    """`EngineOptions.open_llm`, but one engine for all tests."""
+    original, opened = EngineOptions.open_llm, []
+
+    def open_llm(options: EngineOptions, **defaults):
+        if not opened:
+            opened.append(original(options, **defaults))
+        return opened[0]
+
+    return open_llm
+
+
 @pytest.fixture
-def bench(monkeypatch, capsys):
+def bench(monkeypatch, capsys, open_once):
+    monkeypatch.setattr(EngineOptions, "open_llm", open_once)
+
     def run(arguments: str) -> dict:
         monkeypatch.setattr(sys, "argv", f"miniinfer bench {arguments} {ENGINE}".split())
         with pytest.raises(SystemExit) as ended:
@@ -35,7 +52,8 @@ def test_throughput(bench):
     assert figures["ceilings"]["bytes_per_second"] > 1e8
 
 
-def test_latency(bench):
+def test_latency(bench, monkeypatch):
+    monkeypatch.setattr(ceilings, "measure_ceilings", lambda dtype: Ceilings(1e10, 1e11))
     figures = bench("latency --batch-sizes 1,2 --input-len 30 --output-len 8")
     one, two = figures["latencies"]
     assert (one["batch_size"], two["batch_size"]) == (1, 2)

@@ -1,0 +1,84 @@
+"""Run by test_determinism.py in a process of its own, where XLA optimizes as it does for users: prints a JSON report.
+
+Every request runs alone first; then among others, in other chunks, and in a pool so small that it is preempted.
+"""
+
+import json
+import sys
+from collections import Counter
+
+import numpy as np
+
+from miniinfer_jax import LLM, SamplingParams
+
+NUM_REQUESTS = 33
+
+
+def make_requests():
+    generator = np.random.default_rng(0)
+    prompts = [generator.integers(4, 97, size).tolist() for size in generator.integers(1, 120, NUM_REQUESTS)]
+    params = [
+        SamplingParams(
+            temperature=(0.0, 0.8, 1.0)[index % 3],
+            top_p=0.9 if index % 4 == 0 else 1.0,
+            top_k=20 if index % 5 == 0 else 0,
+            frequency_penalty=0.5 if index % 7 == 0 else 0.0,
+            seed=index,
+            max_tokens=30 + index,
+            ignore_eos=True,
+            logprobs=3,
+            prompt_logprobs=2 if index % 6 == 0 else None,
+        )
+        for index in range(NUM_REQUESTS)
+    ]
+    return prompts, params
+
+
+def bits(output):
+    """Tokens and every log-probability, exactly."""
+    completion = output.outputs[0]
+    prompt = [sorted((t, e.logprob) for t, e in entry.items()) for entry in (output.prompt_logprobs or []) if entry]
+    drawn = [sorted((token, entry.logprob) for token, entry in position.items()) for position in completion.logprobs]
+    return completion.token_ids, drawn, prompt
+
+
+def main(folder, dtype):
+    prompts, params = make_requests()
+
+    def engine(**sizes):
+        return LLM(
+            folder,
+            dtype=dtype,
+            deterministic=True,
+            max_num_seqs=NUM_REQUESTS,
+            max_model_len=192,
+            skip_tokenizer_init=True,
+            use_tqdm=False,
+            **sizes,
+        )
+
+    def differing(llm, order):
+        outputs = llm.generate([prompts[i] for i in order], [params[i] for i in order], use_tqdm=False)
+        return [i for i, output in zip(order, outputs, strict=True) if bits(output) != alone[i]]
+
+    llm = engine(num_pages=400)
+    alone = [bits(llm.generate(p, s, use_tqdm=False)[0]) for p, s in zip(prompts, params, strict=True)]
+    everyone = list(range(NUM_REQUESTS))
+    report = {
+        "among_1": differing(llm, [5, 9]),
+        "among_6": differing(llm, everyone[10:17]),
+        "among_32": differing(llm, everyone),
+        "among_32_reversed": differing(llm, everyone[::-1]),
+        "chunks_of_24": differing(engine(num_pages=400, max_num_batched_tokens=24), everyone),
+        "chunks_of_7": differing(engine(num_pages=400, max_num_batched_tokens=7), everyone[:12]),
+    }
+    small = engine(num_pages=20)
+    report["preempted"] = differing(small, everyone)
+    report["num_preemptions"] = small.engine.stats().num_preemptions
+    # Had all requests the same bits, comparing them would say nothing.
+    report["num_distinct"] = len(Counter(str(one) for one in alone))
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
