@@ -124,7 +124,6 @@ class EngineConfig:
     seed: int = 0
     deterministic: bool = False
     attention_backend: str = "auto"
-    max_logprobs: int = 20
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size", "num_pages"):

@@ -51,6 +51,12 @@ class Sequence:
     def token_ids(self) -> list[int]:
         return self.prompt_token_ids + self.output_token_ids
 
+    def tokens_between(self, start: int, end: int) -> list[int]:
+        """token_ids[start:end], without putting a long prompt together for it."""
+        if end <= self.prompt_len:
+            return self.prompt_token_ids[start:end]
+        return self.token_ids[start:end]
+
     @property
     def num_known_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)

@@ -116,8 +116,8 @@ def pack_ragged(plan: StepPlan, bucket: RaggedBucket, shape: CacheShape) -> np.n
     for row, chunk in zip(rows, plan.chunks, strict=False):
         _pack_row(row, chunk, query_start)
         if not chunk.is_decode:
-            ids = chunk.sequence.token_ids[chunk.start : chunk.start + chunk.length]
-            tokens[query_start : query_start + chunk.length] = ids
+            end = query_start + chunk.length
+            tokens[query_start:end] = chunk.sequence.tokens_between(chunk.start, chunk.start + chunk.length)
         query_start += chunk.length
     new_pages = np.full((bucket.num_new_pages, 3), shape.num_slots, np.int32)
     for index, new_page in enumerate(plan.new_pages):

@@ -105,7 +105,7 @@ class LLMEngine:
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use; give every request an id of its own")
         check_prompt(prompt_token_ids, self.model_config.vocab_size, self.max_model_len)
-        check_params(params, self.model_config.vocab_size, self.engine_config.max_logprobs, self.tokenizer is not None)
+        check_params(params, self.model_config.vocab_size, self.tokenizer is not None)
         sequences = [self._make_sequence(index, prompt_token_ids, params) for index in range(params.n)]
         for sequence in sequences:
             self._scheduler.add(sequence)  # all are alike: if one is refused, the first is

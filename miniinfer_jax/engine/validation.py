@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from miniinfer_jax.batch import MAX_BAD_WORD_LEN, MAX_BAD_WORDS
+from miniinfer_jax.batch import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, MAX_LOGPROBS
 from miniinfer_jax.sampling_params import SamplingParams
 
 
@@ -23,14 +23,14 @@ def check_prompt(prompt_token_ids: list[int], vocab_size: int, max_model_len: in
     _check_ids("the prompt", prompt_token_ids, vocab_size)
 
 
-def check_params(params: SamplingParams, vocab_size: int, max_logprobs: int, has_tokenizer: bool) -> None:
+def check_params(params: SamplingParams, vocab_size: int, has_tokenizer: bool) -> None:
     """Raises RequestError for parameters that are fine in themselves but not with this model or engine."""
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
         _check_ids(name, getattr(params, name) or (), vocab_size)
     for name in ("logprobs", "prompt_logprobs"):
         value = getattr(params, name)
-        if value is not None and value > max_logprobs:
-            raise RequestError(f"{name} is {value}, above the limit of {max_logprobs}")
+        if value is not None and value > MAX_LOGPROBS:
+            raise RequestError(f"{name} is {value}, above the limit of {MAX_LOGPROBS}")
     if not has_tokenizer:
         for name, is_used in (("stop", bool(params.stop_strings)), ("bad_words", bool(params.bad_words))):
             if is_used:

@@ -30,6 +30,7 @@ CLASSES = {
 SMALLEST_GAP = 2e-3  # between the two likeliest tokens; ten times what logits may differ by
 FEWEST_TOKENS = 8  # different ones in a continuation; a loop of two would prove little
 MAX_ROWS = 128
+torch.set_num_threads(1)  # the matrices are tiny: threads would only wait for each other
 
 
 def ask_transformers(case: Case, folder: Path) -> Expected:
