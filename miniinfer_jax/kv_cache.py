@@ -47,8 +47,14 @@ def write(pages: jax.Array, keys: jax.Array, values: jax.Array, slots: jax.Array
 
 
 def read(pages: jax.Array, page_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of a layer's pages [..., n], each [..., n * S, K, H]."""
-    gathered = pages[page_ids]  # [..., n, S, K, 2, H]
-    *batch, num_pages, page_size, num_kv_heads, _, head_dim = gathered.shape
-    shape = (*batch, num_pages * page_size, num_kv_heads, head_dim)
-    return gathered[..., 0, :].reshape(shape), gathered[..., 1, :].reshape(shape)
+    """Keys and values of a layer's pages [W, n], each [W, K, n * S, H]: a matrix for each kv head."""
+    num_rows, num_pages = page_ids.shape
+    _, page_size, num_kv_heads, _, head_dim = pages.shape
+    shape = (num_rows, num_kv_heads, num_pages * page_size, head_dim)
+
+    def take(part: int) -> jax.Array:
+        # Two gathers, not one that is split: XLA's CPU backend would otherwise gather anew for every element it reads.
+        gathered = pages.at[page_ids, :, :, part].get(mode="promise_in_bounds")  # [W, n, S, K, H]
+        return gathered.transpose(0, 3, 1, 2, 4).reshape(shape)
+
+    return take(0), take(1)

@@ -26,17 +26,24 @@ def bench_decode(
     max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens in a prefill step.")] = 8192,
     attention_backend: Annotated[str, typer.Option(help="Which attention kernels.")] = "auto",
 ) -> None:
-    """Measures each shape at each batch size, in an engine of its own: a small one then has few shapes to compile."""
+    """Measures all batch sizes of a shape in one engine, as large as the largest needs."""
     for shape in shapes.split(","):
-        for batch_size in parse_sizes(batch_sizes):
-            engine = EngineOptions(
-                model=shape,
-                dtype=dtype,
-                max_num_batched_tokens=max_num_batched_tokens,
-                attention_backend=attention_backend,
-            )
-            description, rows = run_latency(engine, [batch_size], context, num_tokens)
-            print(json.dumps({**description, **rows[0]}), flush=True)
+        engine = EngineOptions(
+            model=shape,
+            dtype=dtype,
+            max_num_batched_tokens=max_num_batched_tokens,
+            attention_backend=attention_backend,
+        )
+        description, rows = run_latency(engine, parse_sizes(batch_sizes), context, num_tokens)
+        for row in rows:
+            print(json.dumps({**description, "peak_device_bytes": peak_device_bytes(), **row}), flush=True)
+
+
+def peak_device_bytes() -> int | None:
+    """The most that JAX has held of the first device's memory in this process; None where it does not say."""
+    import jax
+
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,12 @@ def tokens(num_tokens, seed=0):
     return tuple(jnp.asarray(values.astype(np.float32)))
 
 
+def read_in_order(pages, page_ids):
+    """Keys and values [n * S, K, H] of pages [n]."""
+    keys, values = kv_cache.read(pages, jnp.asarray([page_ids]))
+    return keys[0].swapaxes(0, 1), values[0].swapaxes(0, 1)
+
+
 @pytest.fixture
 def pages():
     """Those of one layer."""
@@ -49,7 +55,7 @@ def test_what_is_written_is_read_back_in_the_order_of_the_page_ids(pages):
     order = np.random.default_rng(1).permutation(NUM_PAGES)
     slots = (order[:, None] * PAGE_SIZE + np.arange(PAGE_SIZE)).reshape(-1)
     written = kv_cache.write(pages, keys, values, jnp.asarray(slots))
-    read_keys, read_values = kv_cache.read(written, jnp.asarray(order))
+    read_keys, read_values = read_in_order(written, order)
     np.testing.assert_array_equal(read_keys, keys)
     np.testing.assert_array_equal(read_values, values)
 
@@ -59,16 +65,18 @@ def test_pages_are_read_for_many_sequences_at_once(pages):
     written = kv_cache.write(pages, keys, values, jnp.arange(NUM_PAGES * PAGE_SIZE))
     table = jnp.asarray([[0, 5], [2, 2], [4, 1]])
     read_keys, read_values = kv_cache.read(written, table)
-    assert read_keys.shape == (3, 2 * PAGE_SIZE, CONFIG.num_kv_heads, CONFIG.head_dim)
-    paged = np.asarray(values).reshape(NUM_PAGES, PAGE_SIZE, CONFIG.num_kv_heads, CONFIG.head_dim)
-    np.testing.assert_array_equal(read_values, paged[np.asarray(table)].reshape(read_values.shape))
+    assert read_keys.shape == read_values.shape == (3, CONFIG.num_kv_heads, 2 * PAGE_SIZE, CONFIG.head_dim)
+    for row, page_ids in enumerate(table.tolist()):
+        for found, expected in zip((read_keys, read_values), (keys, values), strict=True):
+            own = np.concatenate([np.asarray(expected)[page * PAGE_SIZE :][:PAGE_SIZE] for page in page_ids])
+            np.testing.assert_array_equal(found[row].swapaxes(0, 1), own)
 
 
 def test_a_slot_past_the_end_is_dropped_and_the_last_slot_stays(pages):
     keys, values = tokens(4)
     end = NUM_PAGES * PAGE_SIZE
     written = kv_cache.write(pages, keys, values, jnp.asarray([end, 3, end + 7, end]))
-    all_keys, _ = kv_cache.read(written, jnp.arange(NUM_PAGES))
+    all_keys, _ = read_in_order(written, range(NUM_PAGES))
     assert np.flatnonzero(np.any(np.asarray(all_keys), axis=(1, 2))).tolist() == [3]
     np.testing.assert_array_equal(all_keys[3], keys[1])
 
@@ -76,7 +84,7 @@ def test_a_slot_past_the_end_is_dropped_and_the_last_slot_stays(pages):
 def test_values_are_kept_in_the_dtype_of_the_cache():
     pages = kv_cache.create(CONFIG, NUM_PAGES, PAGE_SIZE, "bfloat16").layers[0]
     keys, values = tokens(2)
-    read_keys, _ = kv_cache.read(kv_cache.write(pages, keys, values, jnp.asarray([0, 1])), jnp.asarray([0]))
+    read_keys, _ = read_in_order(kv_cache.write(pages, keys, values, jnp.asarray([0, 1])), [0])
     assert read_keys.dtype == jnp.bfloat16
     np.testing.assert_array_equal(read_keys[:2], keys.astype(jnp.bfloat16))
 

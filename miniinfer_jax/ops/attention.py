@@ -7,6 +7,7 @@ sequence, S page size; W work items of Q queries each; C keys of one block.
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -121,50 +122,49 @@ def _attend(
     page_size, num_kv_heads = kv_cache.sizes(pages)
     group = num_heads // num_kv_heads
     folded = queries.reshape(num_items, num_queries, num_kv_heads, group, head_dim)
-    folded = folded.transpose(0, 2, 1, 3, 4).reshape(num_items, num_kv_heads, num_queries * group, head_dim)
-    row_positions = jnp.repeat(rows.positions, group, axis=1)[:, None, :, None]  # [W, 1, Q * G, 1]
+    folded = folded.transpose(0, 2, 4, 1, 3).reshape(num_items, num_kv_heads, head_dim, num_queries * group)
+    query_positions = jnp.repeat(rows.positions, group, axis=1)[:, None, None, :]  # [W, 1, 1, Q * G]
 
     num_pages = rows.page_table.shape[1]
     pages_per_block = max(1, min(KEY_BLOCK // page_size, num_pages))
     num_blocks = -(-num_pages // pages_per_block)
     page_table = jnp.pad(rows.page_table, ((0, 0), (0, num_blocks * pages_per_block - num_pages)))
     block_len = pages_per_block * page_size
-    precision = lax.Precision.HIGHEST if queries.dtype == jnp.float32 else None
+    multiply = partial(
+        jnp.einsum,
+        precision=lax.Precision.HIGHEST if queries.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
 
     def visit(block: jax.Array | int, running: _Running) -> _Running:
         page_ids = lax.dynamic_slice_in_dim(page_table, block * pages_per_block, pages_per_block, axis=1)
-        keys, values = kv_cache.read(pages, page_ids)  # [W, C, K, H]
-        scores = jnp.einsum(
-            "wkmh,wckh->wkmc", folded, keys, precision=precision, preferred_element_type=jnp.float32
-        ) * (head_dim**-0.5)
+        keys, values = kv_cache.read(pages, page_ids)  # [W, K, C, H]
         key_positions = block * block_len + jnp.arange(block_len)
         # A page may still hold another sequence's values, and 0 * NaN is NaN.
         is_own = key_positions < rows.context_lens[:, None]  # [W, C]
-        values = jnp.where(is_own[..., None, None], values, 0)
-        visible = key_positions <= row_positions
+        values = jnp.where(is_own[:, None, :, None], values, 0)
+        # Keys stand on the left, so that no operand has to be transposed for the product.
+        scores = multiply("wkch,wkhm->wkcm", keys, folded) * head_dim**-0.5
+        visible = key_positions[:, None] <= query_positions
         if window is not None:
-            visible &= key_positions > row_positions - window
+            visible &= key_positions[:, None] > query_positions - window
         scores = jnp.where(visible, scores, MASKED)
-        maximum = jnp.maximum(running.maximum, scores.max(axis=-1))
+        maximum = jnp.maximum(running.maximum, scores.max(axis=2))
         rescale = jnp.exp(running.maximum - maximum)
-        weights = jnp.exp(scores - maximum[..., None])
-        weighted = jnp.einsum(
-            "wkmc,wckh->wkmh",
-            weights.astype(values.dtype),
-            values,
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
+        weights = jnp.exp(scores - maximum[:, :, None])
+        transposed = jnp.swapaxes(weights, 2, 3).astype(values.dtype)  # [W, K, Q * G, C]
+        weighted = multiply("wkmc,wkch->wkmh", transposed, values)
         return _Running(
             maximum,
-            running.total * rescale + weights.sum(axis=-1),
+            running.total * rescale + weights.sum(axis=2),
             running.weighted * rescale[..., None] + weighted,
         )
 
+    rows_shape = (num_items, num_kv_heads, num_queries * group)
     empty = _Running(
-        jnp.full(folded.shape[:3], MASKED, jnp.float32),
-        jnp.zeros(folded.shape[:3], jnp.float32),
-        jnp.zeros(folded.shape, jnp.float32),
+        jnp.full(rows_shape, MASKED, jnp.float32),
+        jnp.zeros(rows_shape, jnp.float32),
+        jnp.zeros((*rows_shape, head_dim), jnp.float32),
     )
     if num_blocks == 1:
         running = visit(0, empty)

@@ -42,7 +42,7 @@ SIZES = {
 }
 LONG = {"max_position_embeddings": 4096}
 WINDOWS = {"use_sliding_window": True, "num_hidden_layers": 4}
-YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 512}
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 8.0, "original_max_position_embeddings": 512}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
@@ -82,7 +82,7 @@ CASES = {
         4,
         WINDOWS | {"head_dim": 8, "sliding_window": 13, "layer_types": ["sliding_attention", "full_attention"] * 2},
     ),
-    "qwen3-yarn": Case("qwen3", 0, LONG | {"head_dim": 16, "rope_parameters": YARN}, 1100),
+    "qwen3-yarn": Case("qwen3", 1, LONG | {"head_dim": 16, "rope_parameters": YARN}, 1100),
 }
 HALF_CASES = ("qwen2-gqa2-tied", "qwen3-windows")
 GOLDEN_CASES = ("qwen2-gqa7", "qwen2-upper-windows", "qwen3-gqa8-tied", "qwen3-yarn")
