@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from miniinfer_jax.config import EngineConfig, ModelConfig
@@ -63,7 +64,7 @@ class LLMEngine:
         page_size = engine_config.page_size
         max_pages = -(-self.max_model_len // page_size)
         shape = CacheShape(engine_config.num_pages, page_size, engine_config.max_num_seqs, max_pages)
-        backend = choose_backend(engine_config.attention_backend)
+        backend = choose_backend(engine_config.attention_backend, jax.default_backend())
         context = StepContext(model_config, shape, backend, logits_processors)
         self._runner = Runner(context, params, choose_buckets(engine_config), use_tqdm=use_tqdm)
         self._scheduler = Scheduler(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from miniinfer_jax.config import ConfigError, EngineConfig, ModelConfig
 from miniinfer_jax.kv_cache import page_bytes
-from miniinfer_jax.ops.attention import KEY_BLOCK, QUERY_BLOCK
+from miniinfer_jax.ops.attention import QUERY_BLOCK
 
 Device = Any  # a jax.Device, which is a value to type checkers
 
@@ -58,8 +58,9 @@ def workspace_bytes(model: ModelConfig, engine: EngineConfig) -> int:
     logits = 4 * 4 * engine.max_num_seqs * model.vocab_size
     activations = tokens * (4 * model.hidden_size + 3 * model.ffn_size) * size
     work_items = tokens // QUERY_BLOCK + min(tokens, engine.max_num_seqs)
-    keys = 2 * work_items * KEY_BLOCK * model.num_kv_heads * 2 * model.head_dim * size
-    scores = 3 * 4 * work_items * QUERY_BLOCK * model.num_heads * KEY_BLOCK
+    num_keys = 256  # of a block, in the backend that holds most at a time
+    keys = 2 * work_items * num_keys * model.num_kv_heads * 2 * model.head_dim * size
+    scores = 3 * 4 * work_items * QUERY_BLOCK * model.num_heads * num_keys
     rules = 9 * engine.max_num_seqs * model.vocab_size
     return logits + activations + keys + scores + rules
 

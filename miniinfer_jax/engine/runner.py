@@ -67,6 +67,7 @@ class Runner:
                 self._send_rules(chunk.sequence)
         shape = self._context.shape
         if self._buckets.decode and plan.is_decode_only:
+            plan.chunks.sort(key=lambda chunk: chunk.start)  # rows of like length may share a tile of attention
             bucket = self._buckets.for_rows(len(plan.chunks))
             packed = pack_decode(plan, bucket, shape)
         else:

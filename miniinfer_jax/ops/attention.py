@@ -2,7 +2,7 @@
 
 A backend is two functions over arrays: `prefill` for a ragged batch of chunks, `decode` for one token a
 sequence. Letters: T tokens, R chunks, B sequences, N query heads, K kv heads, G = N / K, H head dim, P pages a
-sequence, S page size; W work items of Q queries each; C keys of one block.
+sequence, S page size; W work items of Q queries each (rows); C keys of one block.
 """
 
 import logging
@@ -20,7 +20,6 @@ from miniinfer_jax.batch import DecodeInputs, PrefillInputs
 logger = logging.getLogger(__name__)
 
 QUERY_BLOCK = 16  # queries a work item: one sequence's, so that they share its keys
-KEY_BLOCK = 256  # keys of one turn of the loop
 MASKED = -1e30  # finite: a fully masked block is then undone exactly by the next rescaling
 
 PrefillAttention = Callable[[jax.Array, jax.Array, PrefillInputs, int | None], jax.Array]
@@ -51,23 +50,36 @@ def attention(
     return backend.decode(queries, pages, inputs, window)
 
 
-def decode_reference(queries: jax.Array, pages: jax.Array, inputs: DecodeInputs, window: int | None) -> jax.Array:
+class Tile(NamedTuple):
+    """How much the reference holds at a time: rows (work items or sequences), and keys of each."""
+
+    num_rows: int
+    num_keys: int
+
+
+def decode_reference(
+    tile: Tile, queries: jax.Array, pages: jax.Array, inputs: DecodeInputs, window: int | None
+) -> jax.Array:
     """Each query [B, N, H] over its sequence's pages, in plain XLA."""
-    rows = _Rows(inputs.positions[:, None], inputs.context_lens, inputs.page_table)
-    return _attend(queries[:, None], pages, rows, inputs.longest_context, window)[:, 0]
+    rows = _Rows(queries[:, None], inputs.positions[:, None], inputs.context_lens, inputs.page_table)
+    return _attend(tile, rows, pages, inputs.longest_context is not None, window)[:, 0]
 
 
-def prefill_reference(queries: jax.Array, pages: jax.Array, inputs: PrefillInputs, window: int | None) -> jax.Array:
+def prefill_reference(
+    tile: Tile, queries: jax.Array, pages: jax.Array, inputs: PrefillInputs, window: int | None
+) -> jax.Array:
     """Each query [T, N, H] over its sequence's pages, in plain XLA: chunks are cut into work items of Q queries."""
     items = _work_items(inputs)
-    rows = _Rows(inputs.positions[items.tokens], inputs.context_lens[items.rows], inputs.page_table[items.rows])
-    attended = _attend(queries[items.tokens], pages, rows, inputs.longest_context, window)  # [W, Q, N, H]
+    positions = jnp.where(items.is_used[:, None], inputs.positions[items.tokens], -1)
+    rows = _Rows(queries[items.tokens], positions, inputs.context_lens[items.rows], inputs.page_table[items.rows])
+    attended = _attend(tile, rows, pages, inputs.longest_context is not None, window)  # [W, Q, N, H]
     return attended.reshape(-1, *queries.shape[1:])[items.places]
 
 
 class _Rows(NamedTuple):
-    """Where the queries of each work item stand, and what they may see."""
+    """The queries of each work item, where they stand (-1: nowhere, the item is padding), and what they may see."""
 
+    queries: jax.Array  # [W, Q, N, H]
     positions: jax.Array  # [W, Q]
     context_lens: jax.Array  # [W]
     page_table: jax.Array  # [W, P]
@@ -75,7 +87,8 @@ class _Rows(NamedTuple):
 
 class _WorkItems(NamedTuple):
     rows: jax.Array  # [W], the chunk of each item
-    tokens: jax.Array  # [W, Q], the tokens of each item; behind the chunk's end: other tokens, never read back
+    tokens: jax.Array  # [W, Q], the tokens of each item; behind the chunk's end its last one again, never read back
+    is_used: jax.Array  # [W]
     places: jax.Array  # [T], where in the flattened [W * Q] each token stands
 
 
@@ -90,12 +103,13 @@ def _work_items(inputs: PrefillInputs) -> _WorkItems:
     rows = jnp.clip(jnp.searchsorted(items_before, item_ids, side="right") - 1, 0, num_rows - 1)
     first_tokens = starts[rows] + (item_ids - items_before[rows]) * QUERY_BLOCK
     tokens = first_tokens[:, None] + jnp.arange(QUERY_BLOCK, dtype=jnp.int32)
-    tokens = jnp.clip(tokens, 0, num_tokens - 1)
+    tokens = jnp.clip(jnp.minimum(tokens, starts[rows + 1][:, None] - 1), 0, num_tokens - 1)
+    is_used = item_ids < items_before[-1]
 
     token_ids = jnp.arange(num_tokens, dtype=jnp.int32)
     token_rows = jnp.clip(jnp.searchsorted(starts, token_ids, side="right") - 1, 0, num_rows - 1)
     places = items_before[token_rows] * QUERY_BLOCK + token_ids - starts[token_rows]
-    return _WorkItems(rows, tokens, jnp.clip(places, 0, num_items * QUERY_BLOCK - 1))
+    return _WorkItems(rows, tokens, is_used, jnp.clip(places, 0, num_items * QUERY_BLOCK - 1))
 
 
 class _Running(NamedTuple):
@@ -106,27 +120,45 @@ class _Running(NamedTuple):
     weighted: jax.Array  # [W, K, Q * G, H]
 
 
-def _attend(
-    queries: jax.Array,
-    pages: jax.Array,
-    rows: _Rows,
-    longest_context: jax.Array | None,
-    window: int | None,
-) -> jax.Array:
-    """queries [W, Q, N, H] over the pages of their rows -> [W, Q, N, H].
+def _attend(tile: Tile, rows: _Rows, pages: jax.Array, stops_early: bool, window: int | None) -> jax.Array:
+    """The queries of rows over their pages -> [W, Q, N, H], tile.num_rows rows at a time.
+
+    stops_early: keys are visited up to the longest row of each tile, a loop that cannot be differentiated;
+    otherwise over the whole page table.
+    """
+    num_rows = rows.queries.shape[0]
+    if num_rows <= tile.num_rows:
+        return _attend_tile(tile, rows, pages, stops_early, window)
+    num_tiles = -(-num_rows // tile.num_rows)
+    padding = num_tiles * tile.num_rows - num_rows
+
+    def tiled(array: jax.Array) -> jax.Array:
+        widths = [(0, padding)] + [(0, 0)] * (array.ndim - 1)
+        return jnp.pad(array, widths).reshape(num_tiles, tile.num_rows, *array.shape[1:])
+
+    tiles = jax.tree.map(tiled, rows._replace(positions=rows.positions + 1))  # padding is position 0: now -1
+    attended = lax.map(
+        lambda one: _attend_tile(tile, one._replace(positions=one.positions - 1), pages, stops_early, window), tiles
+    )
+    return attended.reshape(-1, *rows.queries.shape[1:])[:num_rows]
+
+
+def _attend_tile(tile: Tile, rows: _Rows, pages: jax.Array, stops_early: bool, window: int | None) -> jax.Array:
+    """The queries of a tile's rows over their pages -> [W, Q, N, H].
 
     Keys are visited in blocks of fixed size from position 0 on, so that neither the page table's width nor the
     longest neighbour changes a bit of a query's result: a block behind its own position adds exact zeros.
     """
+    queries = rows.queries
     num_items, num_queries, num_heads, head_dim = queries.shape
     page_size, num_kv_heads = kv_cache.sizes(pages)
     group = num_heads // num_kv_heads
     folded = queries.reshape(num_items, num_queries, num_kv_heads, group, head_dim)
-    folded = folded.transpose(0, 2, 4, 1, 3).reshape(num_items, num_kv_heads, head_dim, num_queries * group)
-    query_positions = jnp.repeat(rows.positions, group, axis=1)[:, None, None, :]  # [W, 1, 1, Q * G]
+    folded = folded.transpose(0, 2, 1, 3, 4).reshape(num_items, num_kv_heads, num_queries * group, head_dim)
+    query_positions = jnp.repeat(rows.positions, group, axis=1)[:, None, :, None]  # [W, 1, Q * G, 1]
 
     num_pages = rows.page_table.shape[1]
-    pages_per_block = max(1, min(KEY_BLOCK // page_size, num_pages))
+    pages_per_block = max(1, min(tile.num_keys // page_size, num_pages))
     num_blocks = -(-num_pages // pages_per_block)
     page_table = jnp.pad(rows.page_table, ((0, 0), (0, num_blocks * pages_per_block - num_pages)))
     block_len = pages_per_block * page_size
@@ -143,20 +175,19 @@ def _attend(
         # A page may still hold another sequence's values, and 0 * NaN is NaN.
         is_own = key_positions < rows.context_lens[:, None]  # [W, C]
         values = jnp.where(is_own[:, None, :, None], values, 0)
-        # Keys stand on the left, so that no operand has to be transposed for the product.
-        scores = multiply("wkch,wkhm->wkcm", keys, folded) * head_dim**-0.5
-        visible = key_positions[:, None] <= query_positions
+        # Transposed here, where it joins the gather: XLA's CPU backend is slow at products with a transposed matrix.
+        scores = multiply("wkmh,wkhc->wkmc", folded, jnp.swapaxes(keys, 2, 3)) * head_dim**-0.5
+        visible = key_positions <= query_positions
         if window is not None:
-            visible &= key_positions[:, None] > query_positions - window
+            visible &= key_positions > query_positions - window
         scores = jnp.where(visible, scores, MASKED)
-        maximum = jnp.maximum(running.maximum, scores.max(axis=2))
+        maximum = jnp.maximum(running.maximum, scores.max(axis=-1))
         rescale = jnp.exp(running.maximum - maximum)
-        weights = jnp.exp(scores - maximum[:, :, None])
-        transposed = jnp.swapaxes(weights, 2, 3).astype(values.dtype)  # [W, K, Q * G, C]
-        weighted = multiply("wkmc,wkch->wkmh", transposed, values)
+        weights = jnp.exp(scores - maximum[..., None])
+        weighted = multiply("wkmc,wkch->wkmh", weights.astype(values.dtype), values)
         return _Running(
             maximum,
-            running.total * rescale + weights.sum(axis=2),
+            running.total * rescale + weights.sum(axis=-1),
             running.weighted * rescale[..., None] + weighted,
         )
 
@@ -169,23 +200,32 @@ def _attend(
     if num_blocks == 1:
         running = visit(0, empty)
     else:
-        needed = num_blocks if longest_context is None else -(-longest_context // block_len)
+        needed = (jnp.max(rows.positions) + block_len) // block_len if stops_early else num_blocks
         running = lax.fori_loop(0, needed, visit, empty)
-    attended = (running.weighted / running.total[..., None]).astype(queries.dtype)
+    total = jnp.maximum(running.total, 1e-30)  # a tile of padding visits nothing
+    attended = (running.weighted / total[..., None]).astype(queries.dtype)
     attended = attended.reshape(num_items, num_kv_heads, num_queries, group, head_dim).transpose(0, 2, 1, 3, 4)
     return attended.reshape(queries.shape)
 
 
+def _reference(name: str, tile: Tile) -> AttentionBackend:
+    return AttentionBackend(name, partial(prefill_reference, tile), partial(decode_reference, tile))
+
+
 BACKENDS: dict[str, AttentionBackend] = {
-    "xla": AttentionBackend("xla", prefill_reference, decode_reference),
+    # All rows at once: an accelerator wants few and large operations.
+    "xla": _reference("xla", Tile(num_rows=2**30, num_keys=256)),
+    # Few at a time: what is gathered stays in a core's cache, and short rows do not wait for long ones.
+    "xla-tiled": _reference("xla-tiled", Tile(num_rows=8, num_keys=64)),
 }
 
 
-def choose_backend(name: str) -> AttentionBackend:
-    """The backend called `name`; "auto" is the best one for this device, logged. ValueError for an unknown one."""
+def choose_backend(name: str, platform: str) -> AttentionBackend:
+    """The backend called `name`; "auto" is the best one for the platform, logged. ValueError for an unknown one."""
     if name == "auto":
-        logger.info("attention backend: xla")
-        return BACKENDS["xla"]
+        chosen = "xla-tiled" if platform == "cpu" else "xla"
+        logger.info("attention backend: %s", chosen)
+        return BACKENDS[chosen]
     if name not in BACKENDS:
         raise ValueError(f"attention backend {name!r} is not known; known: auto, {', '.join(BACKENDS)}")
     return BACKENDS[name]

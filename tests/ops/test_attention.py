@@ -12,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miniinfer_jax import kv_cache
-from miniinfer_jax.ops.attention import BACKENDS, KEY_BLOCK, AttentionBackend, attention, choose_backend
+from miniinfer_jax.ops.attention import BACKENDS, AttentionBackend, Tile, _reference, attention, choose_backend
 
 # A backend gets a row where it runs: on the CPU, and marked `gpu` on the GPU (pytest -m gpu).
 IMPLEMENTATIONS = [
     pytest.param(BACKENDS["xla"], id="xla"),
+    pytest.param(_reference("small-tiles", Tile(num_rows=2, num_keys=64)), id="small-tiles"),
     pytest.param(BACKENDS["xla"], id="xla-gpu", marks=pytest.mark.gpu),
 ]
+KEY_BLOCK = 256
 TOLERANCES = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
 
 SHAPES = {
@@ -197,7 +199,8 @@ def test_gradients_are_those_of_dense_attention(window):
 
 
 def test_a_backend_is_chosen_by_name():
-    assert choose_backend("xla") is BACKENDS["xla"]
-    assert choose_backend("auto") in BACKENDS.values()
-    with pytest.raises(ValueError, match="attention backend 'fast' is not known; known: auto, xla"):
-        choose_backend("fast")
+    assert choose_backend("xla", "cpu") is BACKENDS["xla"]
+    assert choose_backend("auto", "cpu") is BACKENDS["xla-tiled"]
+    assert choose_backend("auto", "gpu") is BACKENDS["xla"]
+    with pytest.raises(ValueError, match="attention backend 'fast' is not known; known: auto, xla, xla-tiled"):
+        choose_backend("fast", "cpu")
