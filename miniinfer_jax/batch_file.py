@@ -247,10 +247,7 @@ def prompt_token_ids(llm: "LLM", request: BatchRequest) -> list[int]:
     if request.prompt_token_ids is not None:
         return request.prompt_token_ids
     if request.messages is not None:
-        try:
-            return llm.apply_chat_template(request.messages)
-        except Exception as error:  # a template is a program: on odd messages it raises whatever it likes
-            raise ValueError(f"the chat template cannot render these messages: {error}") from error
+        return llm.apply_chat_template(request.messages)
     if llm.tokenizer is None:
         raise ValueError("this model has no tokenizer: give prompt_token_ids")
     assert request.prompt is not None

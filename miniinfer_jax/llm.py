@@ -3,7 +3,7 @@
 import itertools
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
 Message = Mapping[str, Any]
+REQUEST_PREFIX = "llm-"  # so that ids never meet those of a user who drives `LLM.engine` as well
 PROMPT_KEYS = {"prompt", "prompt_token_ids"}
 
 
@@ -88,6 +89,7 @@ class LLM:
             use_tqdm=use_tqdm,
         )
         self._request_ids = itertools.count()
+        self._kept: dict[str, list[RequestOutput]] = {}  # by open request: outputs that its call has not taken yet
 
     def generate(
         self,
@@ -111,8 +113,10 @@ class LLM:
                     request_ids.append(self._add_or_refuse(prompt, one, outputs, raises=len(prompts) == 1))
                 progress.update(len(outputs))
                 num_tokens = 0
-                while len(outputs) < len(prompts):
-                    for output in self.engine.step():
+                waiting = set(request_ids) - set(outputs)
+                while waiting:
+                    for output in self._step(waiting):
+                        waiting.discard(output.request_id)
                         outputs[output.request_id] = output
                         num_tokens += sum(len(completion.token_ids) for completion in output.outputs)
                         elapsed = progress.format_dict["elapsed"]
@@ -138,7 +142,10 @@ class LLM:
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise RequestError("chat needs a tokenizer with a chat template, which this model lacks: use generate()")
         conversation: Any = list(messages)
-        text = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        try:
+            text = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program: on odd messages it raises whatever it likes
+            raise RequestError(f"the chat template cannot render these messages: {error}") from error
         return self.tokenizer.encode(str(text), add_special_tokens=False)
 
     def score(self, prompts: Prompt | Sequence[Prompt], use_tqdm: bool = True) -> list[Score]:
@@ -158,22 +165,20 @@ class LLM:
         """
         prompts = self._as_list(prompts)
         params = self._params_for(prompts, sampling_params)
-        request_ids: list[str] = []
-        try:
-            for prompt, one in zip(prompts, params, strict=True):
-                request_ids.append(self._add(prompt, one, streams=True))
-        except ValueError:
-            self._drop(request_ids)
-            raise
-        return self._deltas(request_ids)
+        requests = [(*self._tokenize(prompt), one) for prompt, one in zip(prompts, params, strict=True)]
+        for _, token_ids, one in requests:
+            self.engine.check_request(token_ids, one)
+        return self._deltas(requests)
 
-    def _deltas(self, request_ids: list[str]) -> Iterator[TextDelta]:
-        indices = {request_id: index for index, request_id in enumerate(request_ids)}
+    def _deltas(self, requests: list[tuple[str | None, list[int], SamplingParams]]) -> Iterator[TextDelta]:
+        indices: dict[str, int] = {}
         shown: dict[tuple[str, int], CompletionOutput] = {}
-        unfinished = set(request_ids)
         try:
+            for index, (text, token_ids, params) in enumerate(requests):
+                indices[self._add(text, token_ids, params, streams=True)] = index
+            unfinished = set(indices)
             while unfinished:
-                for output in self.engine.step():
+                for output in self._step(unfinished):
                     if output.finished:
                         unfinished.discard(output.request_id)
                     for completion in output.outputs:
@@ -183,11 +188,17 @@ class LLM:
                         if delta is not None:
                             yield delta
         finally:
-            self._drop(request_ids)
+            self._drop(indices)
 
-    def _add(self, prompt: Prompt, params: SamplingParams, streams: bool) -> str:
-        request_id = str(next(self._request_ids))
-        text, token_ids = self._tokenize(prompt)
+    def _step(self, request_ids: set[str]) -> list[RequestOutput]:
+        """The next outputs of these requests. What a step has for other open calls is kept for them."""
+        if not self._kept.keys() & request_ids:
+            for output in self.engine.step():
+                self._kept.setdefault(output.request_id, []).append(output)
+        return [output for request_id in self._kept.keys() & request_ids for output in self._kept.pop(request_id)]
+
+    def _add(self, text: str | None, token_ids: list[int], params: SamplingParams, streams: bool) -> str:
+        request_id = f"{REQUEST_PREFIX}{next(self._request_ids)}"
         self.engine.add_request(request_id, token_ids, params, text, streams=streams)
         return request_id
 
@@ -196,21 +207,22 @@ class LLM:
     ) -> str:
         """Queues a request; one that is refused is put among the outputs, so that the others can go on."""
         try:
-            return self._add(prompt, params, streams=False)
+            return self._add(*self._tokenize(prompt), params, streams=False)
         except ValueError as error:
             if raises:
                 raise
-            request_id = str(next(self._request_ids))
+            request_id = f"{REQUEST_PREFIX}{next(self._request_ids)}"
             logger.warning("request %s is refused: %s", request_id, error)
             text = prompt if isinstance(prompt, str) else None
             refused = CompletionOutput(index=0, text="", token_ids=[], finish_reason="error")
             outputs[request_id] = RequestOutput(request_id, text, [], [refused], finished=True, error=str(error))
             return request_id
 
-    def _drop(self, request_ids: list[str]) -> None:
+    def _drop(self, request_ids: Iterable[str]) -> None:
         """Aborts what is still running of these requests, and lets the step in flight end."""
         for request_id in request_ids:
             self.engine.abort(request_id)
+            self._kept.pop(request_id, None)
         while not self.engine.has_requests() and self.engine.has_unfinished_requests():
             self.engine.step()
 
@@ -220,7 +232,10 @@ class LLM:
             unknown = sorted(set(prompt) - PROMPT_KEYS)
             if unknown or len(prompt) != 1:
                 raise RequestError(f"a prompt has exactly one of {sorted(PROMPT_KEYS)}; this one has {sorted(prompt)}")
+            is_text = "prompt" in prompt
             prompt = next(iter(prompt.values()))
+            if is_text != isinstance(prompt, str):
+                raise RequestError(f"prompt holds a text and prompt_token_ids a list of ids, not {prompt!r:.80}")
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("this model was loaded without a tokenizer: give prompt_token_ids")

@@ -15,6 +15,7 @@ import typer
 from miniinfer_jax.cli.options import EngineOptions, flatten_options
 
 THROUGHPUT_MAX_NUM_SEQS = 256
+DEMO_MAX_LEN = 1024
 MAX_NUM_BATCHED_TOKENS = 2048
 
 app = typer.Typer(help="Measure speed beside the device's ceilings.", no_args_is_help=True, rich_markup_mode=None)
@@ -73,7 +74,13 @@ def throughput(
 
     workload = Workload(num_requests, min_input, max_input, min_output, max_output, temperature)
     max_num_seqs = engine.max_num_seqs or min(num_requests, THROUGHPUT_MAX_NUM_SEQS)
-    with opened_llm(engine, max_num_seqs, max_input + max_output, MAX_NUM_BATCHED_TOKENS) as (llm, run, ceilings):
+    longest = max_input + max_output
+    if engine.model == "demo" and longest > DEMO_MAX_LEN:
+        raise ValueError(
+            f"the workload has requests of up to {longest} tokens, the demo model knows {DEMO_MAX_LEN}: "
+            "add --max-input 512 --max-output 512, or name another --model"
+        )
+    with opened_llm(engine, max_num_seqs, longest, MAX_NUM_BATCHED_TOKENS) as (llm, run, ceilings):
         figures = measure_throughput(llm, workload, max_num_seqs, ceilings, use_tqdm=sys.stderr.isatty())
     if as_json:
         print(json.dumps({**run, **figures}))

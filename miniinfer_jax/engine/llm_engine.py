@@ -105,17 +105,22 @@ class LLMEngine:
         """Queues a request. Raises ValueError, with nothing changed, for one that this engine cannot serve."""
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use; give every request an id of its own")
-        check_prompt(prompt_token_ids, self.model_config.vocab_size, self.max_model_len)
-        check_params(params, self.model_config.vocab_size, self.tokenizer is not None)
+        self.check_request(prompt_token_ids, params)
         sequences = [self._make_sequence(index, prompt_token_ids, params) for index in range(params.n)]
         for sequence in sequences:
-            self._scheduler.add(sequence)  # all are alike: if one is refused, the first is
+            self._scheduler.add(sequence)
         self._num_requests += 1
         continuations = [self._make_continuation(index, sequence) for index, sequence in enumerate(sequences)]
         prompt_logprobs: PromptLogprobs | None = None if params.prompt_logprobs is None else [None]
         request = Request(request_id, prompt, prompt_token_ids, params, continuations, streams, prompt_logprobs)
         self._requests[request_id] = request
         self._owners |= {continuation.sequence: (request, continuation) for continuation in continuations}
+
+    def check_request(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
+        """Raises ValueError for a request that this engine cannot serve, however idle it is; queues nothing."""
+        check_prompt(prompt_token_ids, self.model_config.vocab_size, self.max_model_len)
+        check_params(params, self.model_config.vocab_size, self.tokenizer is not None)
+        self._scheduler.check_fits(self._make_sequence(0, prompt_token_ids, params))
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Ends a request at any point and gives its last output; None for one that is not (or no longer) known."""

@@ -66,6 +66,12 @@ class Scheduler:
         """Queues a new sequence. Raises ValueError if it could never be computed, even alone in the pool."""
         if sequence.sequence_id in self._unfinished:
             raise ValueError(f"sequence id {sequence.sequence_id} is in use; give every sequence an id of its own")
+        self.check_fits(sequence)
+        self._unfinished[sequence.sequence_id] = sequence
+        self._queue(sequence)
+
+    def check_fits(self, sequence: Sequence) -> None:
+        """Raises ValueError, with what to raise and by how much, for a sequence too long for the whole pool."""
         if not 0 < sequence.prompt_len < sequence.max_len:
             raise ValueError(
                 f"the prompt has {sequence.prompt_len} tokens of at most {sequence.max_len} for prompt and output; "
@@ -84,8 +90,6 @@ class Scheduler:
                 f"{size}, and num_pages is {self.allocator.num_pages}: raise num_pages by "
                 f"{needed - self.allocator.num_pages} (or gpu_memory_utilization), or lower max_tokens"
             )
-        self._unfinished[sequence.sequence_id] = sequence
-        self._queue(sequence)
 
     def schedule(self) -> StepPlan:
         """The next step, counted as done: running sequences first, then as many waiting ones as fit.

@@ -119,6 +119,21 @@ def test_leaving_a_stream_early_aborts(llm, expected):
     assert tokens_of(llm.generate(make_prompts(10), GREEDY, use_tqdm=False)) == expected
 
 
+def test_calls_may_overlap(llm, expected):
+    """A whole generate() between two pieces of a stream: each call gets its own outputs."""
+    stream, streamed = llm.stream(make_prompts(10)[:3], GREEDY), {0: [], 1: [], 2: []}
+    for delta in stream:
+        streamed[delta.prompt_index] += delta.token_ids
+        if delta.prompt_index == 1 and len(streamed[1]) == 5:
+            assert tokens_of(llm.generate(make_prompts(10), GREEDY, use_tqdm=False)) == expected
+    assert list(streamed.values()) == expected[:3]
+
+
+def test_a_stream_that_nobody_reads_queues_nothing(llm):
+    llm.stream(make_prompts(3), GREEDY)
+    assert not llm.engine.has_requests()
+
+
 def test_interrupt_leaves_a_working_engine(llm, expected, monkeypatch):
     original, calls = llm.engine.step, []
 
@@ -347,6 +362,8 @@ def test_token_rules(llm):
         ("text", {}, "tokenizer"),
         ({"prompt": "a", "prompt_token_ids": [1]}, {}, "exactly one"),
         ({"text": "a"}, {}, "exactly one"),
+        ({"prompt_token_ids": "abc"}, {}, "list of ids"),
+        ({"prompt": [4, 5]}, {}, "holds a text"),
     ],
 )
 def test_bad_requests_fail_alone(llm, expected, prompt, params, words):
