@@ -24,8 +24,8 @@ class PrefillInputs:
     """A ragged batch: chunk r is tokens [query_starts[r], query_starts[r+1]) of the flat axis, in order of position.
 
     Keys up to and with each token's own position are attended to, through row r of the page table. Padding
-    tokens lie behind query_starts[R] and write to a slot past the end. `longest_context` bounds the loop over
-    keys while serving; None loops over the whole page table, which can be differentiated.
+    tokens lie behind query_starts[R] and write to a slot past the end. stops_early: the loop over keys ends with the
+    longest row, for serving; else it goes over the whole page table and can be differentiated.
     """
 
     token_ids: jax.Array  # [T] int32
@@ -34,7 +34,7 @@ class PrefillInputs:
     query_starts: jax.Array  # [R + 1] int32
     context_lens: jax.Array  # [R] int32, keys of the sequence when this chunk is written
     page_table: jax.Array  # [R, P] int32
-    longest_context: jax.Array | None = None  # [] int32
+    stops_early: bool = struct.field(pytree_node=False, default=False)
 
 
 @struct.dataclass
@@ -46,7 +46,7 @@ class DecodeInputs:
     slots: jax.Array  # [B] int32
     context_lens: jax.Array  # [B] int32
     page_table: jax.Array  # [B, P] int32
-    longest_context: jax.Array | None = None  # [] int32
+    stops_early: bool = struct.field(pytree_node=False, default=False)
 
 
 @struct.dataclass

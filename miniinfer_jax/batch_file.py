@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from miniinfer_jax.batch_lines import BatchLineError, BatchRequest, error_line, parse_line, result_line
+from miniinfer_jax.engine.validation import encode
 from miniinfer_jax.outputs import RequestOutput
 from miniinfer_jax.sampling_params import SamplingParams
 
@@ -251,7 +252,7 @@ def prompt_token_ids(llm: "LLM", request: BatchRequest) -> list[int]:
     if llm.tokenizer is None:
         raise ValueError("this model has no tokenizer: give prompt_token_ids")
     assert request.prompt is not None
-    return llm.tokenizer.encode(request.prompt)
+    return encode(llm.tokenizer, request.prompt)
 
 
 def run_batch_file(

@@ -74,7 +74,7 @@ def parse_line(line: str, defaults: Mapping[str, Any]) -> BatchRequest:
         if "body" in values:
             return _from_openai(values, custom_id, defaults)
         return _from_own(values, custom_id, None, defaults)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise BatchLineError(str(error), custom_id, url) from None
 
 
@@ -119,9 +119,27 @@ def _from_openai(values: dict[str, Any], custom_id: str | None, defaults: Mappin
         _rename_chat_options(body)
         if "messages" not in body:
             raise ValueError("body has no messages")
+        body["messages"] = _with_plain_content(body["messages"])
     elif isinstance(body.get("prompt"), list):
-        body["prompt_token_ids"] = body.pop("prompt")
+        is_one_text = len(body["prompt"]) == 1 and isinstance(body["prompt"][0], str)
+        if is_one_text:
+            body["prompt"] = body["prompt"][0]
+        else:
+            body["prompt_token_ids"] = body.pop("prompt")
     return _from_own(body, custom_id, url, defaults)
+
+
+def _with_plain_content(messages: Any) -> Any:
+    """Messages whose content is a list of text parts get the parts' text; the rest is checked later."""
+    plain = []
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, list):
+            if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+                raise ValueError("content has parts that are not text; this model reads text alone")
+            message = {**message, "content": "".join(str(part.get("text", "")) for part in content)}
+        plain.append(message)
+    return plain if isinstance(messages, list) else messages
 
 
 def _rename_chat_options(body: dict[str, Any]) -> None:

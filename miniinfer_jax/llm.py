@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from tqdm import tqdm
@@ -12,7 +13,7 @@ from miniinfer_jax.config import EngineConfig
 from miniinfer_jax.engine.compile_cache import enable_compile_cache
 from miniinfer_jax.engine.llm_engine import LLMEngine
 from miniinfer_jax.engine.memory import choose_dtype, default_device, default_page_size, default_token_budget, size_pool
-from miniinfer_jax.engine.validation import RequestError
+from miniinfer_jax.engine.validation import RequestError, encode
 from miniinfer_jax.models.decoder import param_specs
 from miniinfer_jax.outputs import CompletionOutput, RequestOutput, Score, TextDelta
 from miniinfer_jax.sampling_params import SamplingParams
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 Prompt = str | Mapping[str, Any] | Sequence[int]
 Message = Mapping[str, Any]
 REQUEST_PREFIX = "llm-"  # so that ids never meet those of a user who drives `LLM.engine` as well
-PROMPT_KEYS = {"prompt", "prompt_token_ids"}
+PROMPT_TYPES = {"prompt": str, "prompt_token_ids": Sequence, "messages": Sequence}
 
 
 class LLM:
@@ -99,9 +100,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continues each prompt; outputs in the order of the prompts.
 
-        A prompt is a text, {"prompt": text}, {"prompt_token_ids": ids} or a list of token ids. A request that cannot
-        be served raises ValueError when it is the only one; among others it comes back alone with `error` set and
-        finish_reason "error", and the others finish.
+        A prompt is a text, {"prompt": text}, {"prompt_token_ids": ids}, {"messages": [...]} or a list of token ids. A
+        request that cannot be served raises ValueError when it is the only one; among others it comes back alone with
+        `error` set and finish_reason "error", and the others finish.
         """
         prompts = self._as_list(prompts)
         params = self._params_for(prompts, sampling_params)
@@ -133,9 +134,10 @@ class LLM:
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answers a conversation, or each of several, of {"role", "content"} messages in the model's chat template."""
-        conversations: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts = [self.apply_chat_template(conversation) for conversation in conversations]
-        return self.generate(prompts, sampling_params, use_tqdm)
+        if not isinstance(messages, Sequence) or not messages:
+            raise RequestError(f"messages is {messages!r:.80}; it must be a list of messages, or of such lists")
+        conversations: Any = [messages] if isinstance(messages[0], Mapping) else messages
+        return self.generate([{"messages": one} for one in conversations], sampling_params, use_tqdm)
 
     def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
         """The token ids of a conversation, ready for the assistant's turn. Raises ValueError without a template."""
@@ -146,7 +148,7 @@ class LLM:
             text = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program: on odd messages it raises whatever it likes
             raise RequestError(f"the chat template cannot render these messages: {error}") from error
-        return self.tokenizer.encode(str(text), add_special_tokens=False)
+        return encode(self.tokenizer, str(text), add_special_tokens=False)
 
     def score(self, prompts: Prompt | Sequence[Prompt], use_tqdm: bool = True) -> list[Score]:
         """How likely the model finds the tokens of each prompt, by the forward that serves. Errors as in `generate`."""
@@ -229,28 +231,39 @@ class LLM:
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """(text or None, token ids) of a prompt in any of its forms."""
         if isinstance(prompt, Mapping):
-            unknown = sorted(set(prompt) - PROMPT_KEYS)
-            if unknown or len(prompt) != 1:
-                raise RequestError(f"a prompt has exactly one of {sorted(PROMPT_KEYS)}; this one has {sorted(prompt)}")
-            is_text = "prompt" in prompt
-            prompt = next(iter(prompt.values()))
-            if is_text != isinstance(prompt, str):
-                raise RequestError(f"prompt holds a text and prompt_token_ids a list of ids, not {prompt!r:.80}")
+            key = next(iter(prompt)) if len(prompt) == 1 else None
+            if key not in PROMPT_TYPES:
+                raise RequestError(
+                    f"a prompt has exactly one of {', '.join(PROMPT_TYPES)}; this one has {sorted(prompt)}"
+                )
+            value = prompt[key]
+            is_text = isinstance(value, str)
+            if is_text != (key == "prompt") or not isinstance(value, PROMPT_TYPES[key]):
+                raise RequestError(f"{key} holds {value!r:.80}; it must be a {'text' if key == 'prompt' else 'list'}")
+            if key == "messages":
+                return None, self.apply_chat_template(value)
+            prompt = value
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("this model was loaded without a tokenizer: give prompt_token_ids")
-            return prompt, self.tokenizer.encode(prompt)
-        if not isinstance(prompt, Sequence):
+            return prompt, encode(self.tokenizer, prompt)
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
             raise RequestError(f"a prompt is a text, a mapping or a list of token ids, not {type(prompt).__name__}")
-        return None, list(prompt)
+        # numpy's integers become Python's; a bool stays one, and is refused with the other ids.
+        return None, [
+            int(token) if isinstance(token, Integral) and type(token) is not bool else token for token in prompt
+        ]
 
     @staticmethod
     def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         """One prompt or several: a list of integers is one prompt."""
         if isinstance(prompts, str | Mapping):
             return [prompts]
+        prompts = getattr(prompts, "tolist", lambda: prompts)()  # a numpy array of token ids
+        if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+            raise RequestError(f"prompts is a {type(prompts).__name__}; give a prompt, or a list of prompts")
         several: Any = list(prompts)
-        return [several] if several and isinstance(several[0], int) else several
+        return [several] if several and isinstance(several[0], Integral) else several
 
     @staticmethod
     def _params_for(
@@ -258,6 +271,8 @@ class LLM:
     ) -> list[SamplingParams]:
         if params is None or isinstance(params, SamplingParams):
             return [params or SamplingParams()] * len(prompts)
+        if not isinstance(params, Sequence) or not all(isinstance(one, SamplingParams) for one in params):
+            raise RequestError("sampling_params must be a SamplingParams, or a list of them, one a prompt")
         if len(params) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts but {len(params)} sampling_params: give one, or one a prompt")
         return list(params)
@@ -265,7 +280,7 @@ class LLM:
 
 def _score(output: RequestOutput) -> Score:
     if output.error is not None:
-        raise RequestError(f"prompt {output.request_id} cannot be scored: {output.error}")
+        return Score(output.prompt_token_ids, [], error=output.error)
     token_ids, entries = output.prompt_token_ids, output.prompt_logprobs or []
     logprobs = [
         None if entry is None else entry[token_id].logprob for token_id, entry in zip(token_ids, entries, strict=True)

@@ -65,11 +65,12 @@ class RequestOutput:
 class Score:
     """How likely a model finds given tokens: the natural logarithm of each one's probability after those before it.
 
-    The first token has no predecessor, hence None.
+    The first token has no predecessor, hence None. `error` says why a prompt among others could not be scored.
     """
 
     prompt_token_ids: list[int]
     logprobs: list[float | None]
+    error: str | None = None
 
     @property
     def total(self) -> float:

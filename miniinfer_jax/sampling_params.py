@@ -1,11 +1,13 @@
 """What a user asks of one request: `SamplingParams`, checked when it is made. Standard library only."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real  # numpy's numbers are of these kinds too
 from typing import Any
 
 MAX_SEED = 2**32 - 1
+MAX_INTEGER = 2**31 - 1  # the device counts in int32
+MAX_NUMBER = 1e30  # and computes in float32, with room for a few operations
 
 
 class SamplingParamsError(ValueError):
@@ -18,11 +20,18 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    return is_number and abs(value) <= MAX_NUMBER  # pyright: ignore[reportArgumentType, reportOperatorIssue]
+
+
+def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
+    is_list = isinstance(value, Sequence | set | frozenset) and not isinstance(value, str | bytes)
+    _require(is_list, f"{name} is {value!r}; it must be a list")
+    return tuple(value)
 
 
 @dataclass(frozen=True)
@@ -73,14 +82,17 @@ class SamplingParams:
 
     def _normalize(self) -> None:
         """Lists become tuples, and one stop string becomes a tuple of one."""
-        stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        bad_words = (self.bad_words,) if isinstance(self.bad_words, str) else tuple(self.bad_words or ())
-        object.__setattr__(self, "bad_words", bad_words)
-        if self.allowed_token_ids is not None:
-            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+        for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
+            value = getattr(self, name)
+            if value is None:
+                value = None if name == "allowed_token_ids" else ()
+            elif isinstance(value, str) and name in ("stop", "bad_words"):
+                value = (value,)
+            else:
+                value = _as_tuple(name, value)
+            object.__setattr__(self, name, value)
         if self.logit_bias is not None:
+            _require(isinstance(self.logit_bias, Mapping), f"logit_bias is {self.logit_bias!r}; it must be a mapping")
             object.__setattr__(self, "logit_bias", self._parsed_logit_bias())
 
     def _parsed_logit_bias(self) -> dict[int, float]:
@@ -91,42 +103,48 @@ class SamplingParams:
             is_text = isinstance(token_id, str) and token_id.isascii() and token_id.isdigit()
             key = int(token_id) if is_text else token_id
             _require(_is_integer(key), f"logit_bias has the key {token_id!r}; keys are token ids")
-            _require(_is_finite(bias), f"logit_bias[{key}] is {bias!r}; it must be a finite number")
+            _require(
+                _is_finite(bias), f"logit_bias[{key}] is {bias!r}; it must be a finite number within {MAX_NUMBER:g}"
+            )
             parsed[key] = float(bias)
         return parsed
 
     def _check_ranges(self) -> None:
         ranges = (
-            ("temperature", 0.0, math.inf, "0 is greedy"),
+            ("temperature", 0.0, MAX_NUMBER, "0 is greedy"),
             ("top_p", 0.0, 1.0, "1 keeps every token"),
             ("min_p", 0.0, 1.0, "0 turns it off"),
             ("presence_penalty", -2.0, 2.0, "0 turns it off"),
             ("frequency_penalty", -2.0, 2.0, "0 turns it off"),
-            ("repetition_penalty", 0.0, math.inf, "1 turns it off"),
+            ("repetition_penalty", 0.01, 100.0, "1 turns it off"),
         )
         for name, low, high, hint in ranges:
             value = getattr(self, name)
             is_inside = _is_finite(value) and low <= value <= high
             _require(is_inside, f"{name} is {value!r}; it must be a finite number in [{low}, {high}] ({hint})")
         _require(self.top_p > 0, "top_p is 0; it must be above 0 (1 keeps every token)")
-        _require(self.repetition_penalty > 0, "repetition_penalty is 0; it must be above 0 (1 turns it off)")
         integers = (("n", 1), ("top_k", -1), ("min_tokens", 0))
         for name, low in integers:
             value = getattr(self, name)
-            _require(_is_integer(value) and value >= low, f"{name} is {value!r}; it must be an integer >= {low}")
-        optional_integers = (("max_tokens", 1, math.inf), ("logprobs", 0, math.inf), ("prompt_logprobs", 0, math.inf))
+            is_inside = _is_integer(value) and low <= value <= MAX_INTEGER
+            _require(is_inside, f"{name} is {value!r}; it must be an integer in [{low}, {MAX_INTEGER}]")
+        optional_integers = (
+            ("max_tokens", 1, MAX_INTEGER),
+            ("logprobs", 0, MAX_INTEGER),
+            ("prompt_logprobs", 0, MAX_INTEGER),
+        )
         for name, low, high in (*optional_integers, ("seed", 0, MAX_SEED)):
             value = getattr(self, name)
             is_inside = value is None or (_is_integer(value) and low <= value <= high)
-            limit = f">= {low}" if high == math.inf else f"in [{low}, {high}]"
-            _require(is_inside, f"{name} is {value!r}; it must be None or an integer {limit}")
+            _require(is_inside, f"{name} is {value!r}; it must be None or an integer in [{low}, {high}]")
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"):
             value = getattr(self, name)
             _require(isinstance(value, bool), f"{name} is {value!r}; it must be True or False")
 
     def _check_lists(self) -> None:
         for text in self.stop_strings:
-            _require(isinstance(text, str) and text != "", f"stop holds {text!r}; a stop string must not be empty")
+            _require(isinstance(text, str), f"stop holds {text!r}; stop strings are texts")
+            _require(text != "", "stop holds an empty text; a stop string must not be empty")
         for text in self.bad_words or ():
             is_word = isinstance(text, str) and text.strip() != ""
             _require(is_word, f"bad_words holds {text!r}; a bad word must not be empty")

@@ -115,3 +115,25 @@ def test_a_copy_with_another_value_is_checked_too():
     assert dataclasses.replace(params, n=2).stop_strings == ("end",)
     with pytest.raises(SamplingParamsError, match="n is 0"):
         dataclasses.replace(params, n=0)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"top_k": 2**31},
+        {"min_tokens": 2**31, "max_tokens": None},
+        {"temperature": 1e39},
+        {"temperature": 10**400},
+        {"repetition_penalty": 1e-50},
+        {"logit_bias": {5: 1e39}},
+        {"logit_bias": [5]},
+        {"stop": 5},
+        {"stop_token_ids": 5},
+        {"allowed_token_ids": 5},
+        {"bad_words": 5},
+        {"max_tokens": 2**40},
+    ],
+)
+def test_what_the_device_cannot_count_or_that_is_no_list_is_refused_by_name(values):
+    with pytest.raises(ValueError, match=next(iter(values))):
+        SamplingParams(**values)

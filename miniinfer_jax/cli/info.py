@@ -58,7 +58,13 @@ def _describe_model(options: EngineOptions) -> dict[str, Any]:
     from miniinfer_jax import kv_cache, params
     from miniinfer_jax.benchmark.roofline import num_params
     from miniinfer_jax.engine.buckets import choose_buckets
-    from miniinfer_jax.engine.memory import choose_dtype, default_device, default_page_size, size_pool
+    from miniinfer_jax.engine.memory import (
+        choose_dtype,
+        default_device,
+        default_page_size,
+        default_token_budget,
+        size_pool,
+    )
     from miniinfer_jax.models.decoder import param_specs
     from miniinfer_jax.weights.folder import read_model_config, resolve
 
@@ -67,7 +73,12 @@ def _describe_model(options: EngineOptions) -> dict[str, Any]:
     dtype = choose_dtype(options.dtype, config, device)
     page_size = options.page_size or default_page_size(device)
     weight_bytes = params.num_bytes(param_specs(config, dtype))
-    engine = size_pool(config, _engine_config(options, dtype, page_size), device, reserved_bytes=weight_bytes)
+    engine = size_pool(
+        config,
+        _engine_config(options, dtype, page_size, default_token_budget(device)),
+        device,
+        reserved_bytes=weight_bytes,
+    )
     buckets = choose_buckets(engine)
     page_bytes = kv_cache.page_bytes(config, page_size, dtype)
     return {
@@ -86,11 +97,11 @@ def _describe_model(options: EngineOptions) -> dict[str, Any]:
     }
 
 
-def _engine_config(options: EngineOptions, dtype: str, page_size: int) -> EngineConfig:
+def _engine_config(options: EngineOptions, dtype: str, page_size: int, token_budget: int) -> EngineConfig:
     given = {name: value for name, value in asdict(options).items() if value is not None}
     known = {field.name for field in fields(EngineConfig)}
     values = {name: value for name, value in given.items() if name in known}
-    return EngineConfig(**{**values, "dtype": dtype, "page_size": page_size})
+    return EngineConfig(**{"max_num_batched_tokens": token_budget, **values, "dtype": dtype, "page_size": page_size})
 
 
 def _print_tree(value: Any, indent: str = "") -> None:

@@ -16,6 +16,7 @@ from miniinfer_jax.batch import (
     unpack_rows,
 )
 from miniinfer_jax.engine.buckets import DecodeBucket, RaggedBucket
+from miniinfer_jax.sampling_params import MAX_INTEGER
 from miniinfer_jax.sequence import Chunk, Sequence, StepPlan
 
 NUM_RECENT = MAX_BAD_WORD_LEN - 1
@@ -45,7 +46,7 @@ def row_params(sequence: Sequence) -> list[float | int]:
     num_logprobs = 0 if params.logprobs is None else params.logprobs + 1
     floats = [getattr(params, name) for name in FLOAT_FIELDS]
     seed = np.uint32(sequence.seed).view(np.int32)
-    first_end = sequence.prompt_len + params.min_tokens
+    first_end = min(sequence.prompt_len + params.min_tokens, MAX_INTEGER)
     return [*floats, max(params.top_k, 0), int(seed), first_end, num_logprobs, int(needs_rules(sequence))]
 
 
@@ -102,7 +103,7 @@ def unpack_decode(
         slots=jnp.where(is_row, pages * shape.page_size + positions % shape.page_size, shape.no_slot),
         context_lens=positions + 1,
         page_table=page_table,
-        longest_context=jnp.max(positions) + 1,
+        stops_early=True,
     )
     return slots, inputs, state
 
@@ -188,7 +189,7 @@ def unpack_ragged(
         query_starts=bounds,
         context_lens=context_lens,
         page_table=row_pages,
-        longest_context=jnp.max(context_lens),
+        stops_early=True,
     )
     ragged_rows = RaggedRows(slots, last_tokens, rows[:, SAMPLES] == 1, next_ids, rows[:, SCORES_PROMPT] == 1)
     return ragged_rows, inputs, state

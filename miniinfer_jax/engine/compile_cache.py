@@ -1,9 +1,12 @@
 """Where compiled programs are kept between processes: JAX's persistent compilation cache in the user's own folder."""
 
+import logging
 import os
 from pathlib import Path
 
 import jax
+
+logger = logging.getLogger(__name__)
 
 
 def cache_root() -> Path:
@@ -22,9 +25,13 @@ def enable_compile_cache() -> None:
     if jax.config.values["jax_compilation_cache_dir"]:
         return
     folder = cache_root() / "xla"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for path in (cache_root(), folder):
-        path.chmod(0o700)
+    try:
+        cache_root().mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError as error:
+        logger.warning("programs are compiled anew at every start: no compile cache in %s (%s)", folder, error)
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # Small programs are kept as well: a start compiles about twenty of them.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

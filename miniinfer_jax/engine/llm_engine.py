@@ -18,7 +18,13 @@ from miniinfer_jax.engine.request import Continuation, Request, position_logprob
 from miniinfer_jax.engine.runner import Runner, StepInFlight
 from miniinfer_jax.engine.scheduler import Scheduler
 from miniinfer_jax.engine.steps import LogitsProcessor, StepContext
-from miniinfer_jax.engine.validation import RequestError, bad_word_ids, check_params, check_prompt
+from miniinfer_jax.engine.validation import (
+    RequestError,
+    bad_word_ids,
+    check_params,
+    check_prompt,
+    check_something_allowed,
+)
 from miniinfer_jax.models.decoder import DecoderParams
 from miniinfer_jax.ops.attention import choose_backend
 from miniinfer_jax.outputs import PromptLogprobs, RequestOutput
@@ -118,9 +124,20 @@ class LLMEngine:
 
     def check_request(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Raises ValueError for a request that this engine cannot serve, however idle it is; queues nothing."""
-        check_prompt(prompt_token_ids, self.model_config.vocab_size, self.max_model_len)
-        check_params(params, self.model_config.vocab_size, self.tokenizer is not None)
-        self._scheduler.check_fits(self._make_sequence(0, prompt_token_ids, params))
+        vocab_size = self.model_config.vocab_size
+        check_prompt(prompt_token_ids, vocab_size, self.max_model_len, self._remedy(len(prompt_token_ids)))
+        check_params(params, vocab_size, self.tokenizer is not None)
+        sequence = self._make_sequence(0, prompt_token_ids, params)
+        check_something_allowed(sequence)
+        self._scheduler.check_fits(sequence)
+
+    def _remedy(self, prompt_len: int) -> str:
+        """How to make room for a prompt of this length: the pool may be what limits max_model_len."""
+        num_pages, page_size = self._scheduler.allocator.num_pages, self.engine_config.page_size
+        missing = -(-prompt_len // page_size) - num_pages
+        if missing > 0 and prompt_len < self.model_config.max_position:
+            return f"raise num_pages by {missing} (or gpu_memory_utilization)"
+        return "raise max_model_len"
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Ends a request at any point and gives its last output; None for one that is not (or no longer) known."""

@@ -5,20 +5,21 @@ from typing import Any
 
 from miniinfer_jax.batch import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, MAX_LOGPROBS
 from miniinfer_jax.sampling_params import SamplingParams
+from miniinfer_jax.sequence import Sequence
 
 
 class RequestError(ValueError):
     """A request that this engine cannot serve; says what, the limit and the remedy."""
 
 
-def check_prompt(prompt_token_ids: list[int], vocab_size: int, max_model_len: int) -> None:
-    """Raises RequestError for an empty prompt, one without room for an output, or ids outside the vocabulary."""
+def check_prompt(prompt_token_ids: list[int], vocab_size: int, max_model_len: int, remedy: str) -> None:
+    """Raises RequestError for an empty prompt, one without room for an output (with `remedy`), or unknown ids."""
     if not prompt_token_ids:
         raise RequestError("the prompt is empty; give at least one token")
     if len(prompt_token_ids) >= max_model_len:
         raise RequestError(
             f"the prompt has {len(prompt_token_ids)} tokens and max_model_len is {max_model_len}, prompt and output "
-            "together: shorten the prompt, or raise max_model_len"
+            f"together: shorten the prompt, or {remedy}"
         )
     _check_ids("the prompt", prompt_token_ids, vocab_size)
 
@@ -37,6 +38,29 @@ def check_params(params: SamplingParams, vocab_size: int, has_tokenizer: bool) -
                 raise RequestError(f"{name} needs a tokenizer, and this model was loaded without one")
 
 
+def encode(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
+    """The token ids of a text. Raises RequestError for one that has no UTF-8, such as a lone surrogate."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    except Exception as error:  # the Rust tokenizers raise TypeError, and Exception itself
+        raise RequestError(f"the text {text!r:.80} cannot be tokenized: {error}") from error
+
+
+def check_something_allowed(sequence: Sequence) -> None:
+    """Raises RequestError where allowed_token_ids, bad_words and min_tokens together leave no token to draw."""
+    allowed = sequence.params.allowed_token_ids
+    if allowed is None:
+        return
+    left = set(allowed) - {word[0] for word in sequence.bad_words if len(word) == 1}
+    if not left:
+        raise RequestError(f"bad_words forbid all of allowed_token_ids {str(allowed):.80}: drop one of the two")
+    if sequence.params.min_tokens and not left - set(sequence.stop_token_ids):
+        raise RequestError(
+            f"min_tokens is {sequence.params.min_tokens}, and each of allowed_token_ids {str(allowed):.80} "
+            "ends the sequence: drop one of the two"
+        )
+
+
 def bad_word_ids(params: SamplingParams, tokenizer: Any) -> tuple[tuple[int, ...], ...]:
     """The token sequences that spell each bad word, at the start of a text and after a space.
 
@@ -45,7 +69,7 @@ def bad_word_ids(params: SamplingParams, tokenizer: Any) -> tuple[tuple[int, ...
     words: dict[tuple[int, ...], None] = {}
     for text in params.bad_words or ():
         for spelling in (text.lstrip(), " " + text.lstrip()):
-            words[tuple(tokenizer.encode(spelling, add_special_tokens=False))] = None
+            words[tuple(encode(tokenizer, spelling, add_special_tokens=False))] = None
     for word in words:
         if len(word) > MAX_BAD_WORD_LEN:
             raise RequestError(f"a bad word spells {len(word)} tokens, the limit is {MAX_BAD_WORD_LEN}: shorten it")

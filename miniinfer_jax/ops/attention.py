@@ -62,7 +62,7 @@ def decode_reference(
 ) -> jax.Array:
     """Each query [B, N, H] over its sequence's pages, in plain XLA."""
     rows = _Rows(queries[:, None], inputs.positions[:, None], inputs.context_lens, inputs.page_table)
-    return _attend(tile, rows, pages, inputs.longest_context is not None, window)[:, 0]
+    return _attend(tile, rows, pages, inputs.stops_early, window)[:, 0]
 
 
 def prefill_reference(
@@ -72,7 +72,7 @@ def prefill_reference(
     items = _work_items(inputs)
     positions = jnp.where(items.is_used[:, None], inputs.positions[items.tokens], -1)
     rows = _Rows(queries[items.tokens], positions, inputs.context_lens[items.rows], inputs.page_table[items.rows])
-    attended = _attend(tile, rows, pages, inputs.longest_context is not None, window)  # [W, Q, N, H]
+    attended = _attend(tile, rows, pages, inputs.stops_early, window)  # [W, Q, N, H]
     return attended.reshape(-1, *queries.shape[1:])[items.places]
 
 

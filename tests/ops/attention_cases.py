@@ -41,7 +41,7 @@ class Case:
         return sum(length for _, length in self.chunks)
 
     def prefill_inputs(self, bounded: bool) -> PrefillInputs:
-        """The chunks as a ragged batch; `bounded` gives longest_context."""
+        """The chunks as a ragged batch; `bounded` stops at the longest row."""
         num_padding = self.queries.shape[0] - self.num_tokens
         past_the_end = self.pages.shape[0] * self.shape.page_size
         positions = [np.arange(cached, cached + length) for cached, length in self.chunks]
@@ -53,7 +53,7 @@ class Case:
             query_starts=_int32(np.cumsum([0, *(length for _, length in self.chunks)])),
             context_lens=_int32(self.context_lens),
             page_table=self.page_table,
-            longest_context=_int32(max(self.context_lens)) if bounded else None,
+            stops_early=bounded,
         )
 
     def decode_inputs(self, bounded: bool) -> DecodeInputs:
@@ -65,7 +65,7 @@ class Case:
             slots=_int32([row[-1] for row in self.slots]),
             context_lens=_int32(self.context_lens),
             page_table=self.page_table,
-            longest_context=_int32(max(self.context_lens)) if bounded else None,
+            stops_early=bounded,
         )
 
     @property

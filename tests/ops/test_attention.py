@@ -68,7 +68,7 @@ def test_every_shape(backend, name, decodes):
 @implementations
 @pytest.mark.parametrize("decodes", [False, True], ids=["prefill", "decode"])
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("bounded", [False, True], ids=["all-pages", "longest-context"])
+@pytest.mark.parametrize("bounded", [False, True], ids=["all-pages", "stops-early"])
 def test_windows_over_several_key_blocks(backend, window, decodes, bounded):
     case = make_case(SHAPES["long"], LONG_DECODE if decodes else LONG, num_padding=0 if decodes else 3)
     assert_close(run(backend, case, window, bounded, decodes), dense_attention(case, window), "float32")
