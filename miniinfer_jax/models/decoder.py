@@ -30,13 +30,9 @@ class LayerParams:
     """The weights of one block; a bias or norm that the architecture lacks is None."""
 
     attention_norm: Leaf  # [D]
-    q: Leaf  # [N, H, D]
-    k: Leaf  # [K, H, D]
-    v: Leaf  # [K, H, D]
+    qkv: Leaf  # [K, G + 2, H, D], of each kv head its query heads, its key and its value
+    qkv_bias: Leaf  # [K, G + 2, H]
     o: Leaf  # [D, N, H]
-    q_bias: Leaf  # [N, H]
-    k_bias: Leaf  # [K, H]
-    v_bias: Leaf  # [K, H]
     q_norm: Leaf  # [H]
     k_norm: Leaf  # [H]
     ffn_norm: Leaf  # [D]
@@ -65,21 +61,14 @@ def param_specs(config: ModelConfig, dtype: str | None = None) -> DecoderParams:
     def norm(size: int, axis: str) -> ParamSpec:
         return ParamSpec((size,), (axis,), dtype, init="ones")
 
-    def heads(num: int, axis: str) -> ParamSpec:
-        return matrix((num, head, hidden), (axis, "head_dim", "embed"))
-
-    def bias(num: int, axis: str) -> ParamSpec | None:
-        return ParamSpec((num, head), (axis, "head_dim"), dtype, init="zeros") if config.qkv_bias else None
-
+    # One product, though it may be sharded: a device holds whole kv heads with all that belongs to them.
+    heads = (config.num_kv_heads, config.num_heads // config.num_kv_heads + 2, head)
+    head_axes = ("kv_heads", "group", "head_dim")
     layer = LayerParams(
         attention_norm=norm(hidden, "embed"),
-        q=heads(config.num_heads, "heads"),
-        k=heads(config.num_kv_heads, "kv_heads"),
-        v=heads(config.num_kv_heads, "kv_heads"),
+        qkv=matrix((*heads, hidden), (*head_axes, "embed")),
+        qkv_bias=ParamSpec(heads, head_axes, dtype, init="zeros") if config.qkv_bias else None,
         o=matrix((hidden, config.num_heads, head), ("embed", "heads", "head_dim"), num_input_axes=2),
-        q_bias=bias(config.num_heads, "heads"),
-        k_bias=bias(config.num_kv_heads, "kv_heads"),
-        v_bias=bias(config.num_kv_heads, "kv_heads"),
         q_norm=norm(head, "head_dim") if config.qk_norm else None,
         k_norm=norm(head, "head_dim") if config.qk_norm else None,
         ffn_norm=norm(hidden, "embed"),
@@ -149,9 +138,9 @@ def attention_block(
 ) -> tuple[Array, Array]:
     """hidden [T, D] -> [T, D]: keys and values are written to their pages first, then attended to over pages."""
     with jax.named_scope("qkv"):
-        queries = linear(hidden, layer.q, layer.q_bias)  # [T, N, H]
-        keys = linear(hidden, layer.k, layer.k_bias)  # [T, K, H]
-        values = linear(hidden, layer.v, layer.v_bias)  # [T, K, H]
+        qkv = linear(hidden, layer.qkv, layer.qkv_bias)  # [T, K, G + 2, H]
+        queries = qkv[:, :, :-2].reshape(-1, config.num_heads, config.head_dim)  # [T, N, H]
+        keys, values = qkv[:, :, -2], qkv[:, :, -1]  # [T, K, H]
         if config.qk_norm:
             queries = rms_norm(queries, layer.q_norm, config.norm_eps)
             keys = rms_norm(keys, layer.k_norm, config.norm_eps)

@@ -12,13 +12,14 @@ from miniinfer_jax.config import ROPE_SCALINGS, ConfigError, ModelConfig, RopeCo
 
 Config = Mapping[str, Any]
 
-# Checkpoint name -> place in the parameter tree. A place may be a row of a stacked weight: gate and up are gate_up.
+# Checkpoint name -> place in the parameter tree. A place may be a part of a joined weight: gate and up are gate_up;
+# query heads, key and value of a kv head lie together in qkv.
 DECODER_WEIGHTS = {
     "model.embed_tokens.weight": "embedding",
     "model.layers.{layer}.input_layernorm.weight": "layers.{layer}.attention_norm",
-    "model.layers.{layer}.self_attn.q_proj.weight": "layers.{layer}.q",
-    "model.layers.{layer}.self_attn.k_proj.weight": "layers.{layer}.k",
-    "model.layers.{layer}.self_attn.v_proj.weight": "layers.{layer}.v",
+    "model.layers.{layer}.self_attn.q_proj.weight": "layers.{layer}.qkv[:, :-2]",
+    "model.layers.{layer}.self_attn.k_proj.weight": "layers.{layer}.qkv[:, -2]",
+    "model.layers.{layer}.self_attn.v_proj.weight": "layers.{layer}.qkv[:, -1]",
     "model.layers.{layer}.self_attn.o_proj.weight": "layers.{layer}.o",
     "model.layers.{layer}.post_attention_layernorm.weight": "layers.{layer}.ffn_norm",
     "model.layers.{layer}.mlp.gate_proj.weight": "layers.{layer}.gate_up[0]",

@@ -8,9 +8,9 @@ from miniinfer_jax.models.huggingface import DECODER_WEIGHTS, UNREAD_DECODER_WEI
 
 WEIGHT_MAP = {
     **DECODER_WEIGHTS,
-    "model.layers.{layer}.self_attn.q_proj.bias": "layers.{layer}.q_bias",
-    "model.layers.{layer}.self_attn.k_proj.bias": "layers.{layer}.k_bias",
-    "model.layers.{layer}.self_attn.v_proj.bias": "layers.{layer}.v_bias",
+    "model.layers.{layer}.self_attn.q_proj.bias": "layers.{layer}.qkv_bias[:, :-2]",
+    "model.layers.{layer}.self_attn.k_proj.bias": "layers.{layer}.qkv_bias[:, -2]",
+    "model.layers.{layer}.self_attn.v_proj.bias": "layers.{layer}.qkv_bias[:, -1]",
 }
 UNREAD_WEIGHTS = UNREAD_DECODER_WEIGHTS
 

@@ -85,7 +85,7 @@ def _tensor_problems(name: str, place: Place, spec: ParamSpec, header: TensorHea
 def _load_one(spec: ParamSpec, names: dict[str, Place], headers: dict[str, TensorHeader]) -> jax.Array:
     buffer = _aligned_buffer(spec.shape, jnp.dtype(spec.dtype))
     for name, place in names.items():
-        target = buffer if place.row is None else buffer[place.row]
+        target = buffer[place.part]
         target[...] = read_tensor(name, headers[name]).reshape(target.shape)
     # Waiting lets go of the buffer before the next weight is read: else transfers queue up with theirs.
     return jax.block_until_ready(jax.device_put(buffer))

@@ -7,18 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 from miniinfer_jax.params import ParamSpec, Tree, is_spec
 
-_ROW = re.compile(r"(?P<path>.+)\[(?P<row>\d+)\]")
+_PART = re.compile(r"(?P<path>[^\[]+)\[(?P<part>[^\]]+)\]")
+
+Index = int | slice
 
 
 @dataclass(frozen=True)
 class Place:
-    """A leaf of the parameter tree by its path ("layers.0.gate_up"), and the row of it that is meant; None: all."""
+    """A leaf of the parameter tree by its path ("layers.0.gate_up"), and the part of it that is meant; (): all."""
 
     path: str
-    row: int | None
+    part: tuple[Index, ...] = ()
 
 
 def expand_name(name: str, num_layers: int) -> list[str]:
@@ -27,14 +30,24 @@ def expand_name(name: str, num_layers: int) -> list[str]:
 
 
 def expand_map(weight_map: Mapping[str, str], num_layers: int) -> dict[str, Place]:
-    """Name in the checkpoint -> place, for every layer."""
+    """Name in the checkpoint -> place, for every layer. A target is a path, or a path and a part: "path[:, -1]"."""
     places = {}
     for name, target in weight_map.items():
-        match = _ROW.fullmatch(target)
-        path, row = (match["path"], int(match["row"])) if match else (target, None)
+        match = _PART.fullmatch(target)
+        path, part = (match["path"], _parse_part(match["part"])) if match else (target, ())
         for one_name, one_path in zip(expand_name(name, num_layers), expand_name(path, num_layers), strict=True):
-            places[one_name] = Place(one_path, row)
+            places[one_name] = Place(one_path, part)
     return places
+
+
+def _parse_part(text: str) -> tuple[Index, ...]:
+    """The index that ":, :-2" or "1" stands for, as numpy reads it."""
+
+    def parse(axis: str) -> Index:
+        bounds = [int(bound) if bound.strip() else None for bound in axis.split(":")]
+        return slice(*bounds) if ":" in axis else int(axis)
+
+    return tuple(parse(axis) for axis in text.split(","))
 
 
 def leaves_by_path(tree: Tree) -> dict[str, Any]:
@@ -45,7 +58,7 @@ def leaves_by_path(tree: Tree) -> dict[str, Any]:
 
 def file_shape(name: str, place: Place, spec: ParamSpec) -> tuple[int, ...]:
     """The shape of a weight in its file: a bias or norm is flat, anything else is [outputs, inputs]."""
-    shape = spec.shape if place.row is None else spec.shape[1:]
+    shape = np.broadcast_to(0, spec.shape)[place.part].shape
     if name.endswith(".bias") or len(shape) == 1:
         return (math.prod(shape),)
     split = len(shape) - spec.num_input_axes

@@ -30,8 +30,7 @@ def save_params(folder: Path, params: Tree, specs: Tree, hf_config: Mapping[str,
     tensors = {}
     for name, place in places.items():
         if place.path in leaves:
-            leaf = np.asarray(leaves[place.path])
-            values = leaf if place.row is None else leaf[place.row]
+            values = np.asarray(leaves[place.path])[place.part]
             shape = file_shape(name, place, declared[place.path])
             tensors[name] = np.ascontiguousarray(values.reshape(shape).astype(dtype))
     folder.mkdir(parents=True, exist_ok=True)

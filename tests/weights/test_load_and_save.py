@@ -53,6 +53,12 @@ def expected_leaves(model, config, dtype):
     torch = pytest.importorskip("torch")
     state = {name: value.to(getattr(torch, dtype)).float().numpy() for name, value in model.state_dict().items()}
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+
+    def grouped(block, kind, tail):
+        """Of each kv head its query heads, its key, its value."""
+        q, k, v = (block[f"self_attn.{part}_proj.{kind}"].reshape(kv_heads, -1, *tail) for part in "qkv")
+        return np.concatenate([q, k, v], axis=1)
+
     expected = {"embedding": state["model.embed_tokens.weight"], "final_norm": state["model.norm.weight"]}
     if not config.tie_word_embeddings:
         expected["lm_head"] = state["lm_head.weight"]
@@ -63,18 +69,15 @@ def expected_leaves(model, config, dtype):
         leaves = {
             "attention_norm": block["input_layernorm.weight"],
             "ffn_norm": block["post_attention_layernorm.weight"],
-            "q": block["self_attn.q_proj.weight"].reshape(heads, head_dim, -1),
-            "k": block["self_attn.k_proj.weight"].reshape(kv_heads, head_dim, -1),
-            "v": block["self_attn.v_proj.weight"].reshape(kv_heads, head_dim, -1),
+            "qkv": grouped(block, "weight", (head_dim, config.hidden_size)),
             "o": block["self_attn.o_proj.weight"].reshape(-1, heads, head_dim),
             "gate_up": np.stack([block["mlp.gate_proj.weight"], block["mlp.up_proj.weight"]]),
             "down": block["mlp.down_proj.weight"],
         }
-        for part, num in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
-            if config.qkv_bias:
-                leaves[f"{part}_bias"] = block[f"self_attn.{part}_proj.bias"].reshape(num, head_dim)
-            if config.qk_norm and part != "v":
-                leaves[f"{part}_norm"] = block[f"self_attn.{part}_norm.weight"]
+        if config.qkv_bias:
+            leaves["qkv_bias"] = grouped(block, "bias", (head_dim,))
+        if config.qk_norm:
+            leaves |= {f"{part}_norm": block[f"self_attn.{part}_norm.weight"] for part in "qk"}
         expected |= {f"layers.{layer}.{name}": value for name, value in leaves.items()}
     return expected
 
@@ -130,7 +133,7 @@ def test_save_refuses_another_model(tmp_path):
     specs = param_specs(config)
     params = random_params(specs)
     other = {**HF_CONFIG, "architectures": ["Qwen3ForCausalLM"], "head_dim": 8}
-    with pytest.raises(CheckpointError, match="layers.0.q_bias"):
+    with pytest.raises(CheckpointError, match="layers.0.qkv_bias"):
         save_params(tmp_path, params, specs, other)
     with pytest.raises(CheckpointError, match="embedding"):
         save_params(tmp_path, params, param_specs(dataclasses.replace(config, vocab_size=97)), HF_CONFIG)
@@ -139,10 +142,10 @@ def test_save_refuses_another_model(tmp_path):
 
 def test_dummy_reads_nothing_and_depends_on_the_seed(tmp_path):
     config = config_from_hf(HF_CONFIG)
-    specs = {"q": param_specs(config).layers[0].q}  # one shape compiles sooner than all
+    specs = {"qkv": param_specs(config).layers[0].qkv}  # one shape compiles sooner than all
     first, same, other = (load_params(tmp_path / "absent", config, specs, "dummy", seed) for seed in (0, 0, 1))
-    assert jnp.array_equal(first["q"], same["q"])
-    assert not jnp.array_equal(first["q"], other["q"])
+    assert jnp.array_equal(first["qkv"], same["qkv"])
+    assert not jnp.array_equal(first["qkv"], other["qkv"])
 
 
 def test_unknown_load_format_lists_the_known(tmp_path):
