@@ -70,7 +70,9 @@ class LLMEngine:
         page_size = engine_config.page_size
         max_pages = -(-self.max_model_len // page_size)
         shape = CacheShape(engine_config.num_pages, page_size, engine_config.max_num_seqs, max_pages)
-        backend = choose_backend(engine_config.attention_backend, jax.default_backend())
+        backend = choose_backend(
+            engine_config.attention_backend, model_config, params.embedding.dtype.name, page_size, jax.devices()[0]
+        )
         context = StepContext(model_config, shape, backend, logits_processors)
         self._runner = Runner(context, params, choose_buckets(engine_config), use_tqdm=use_tqdm)
         self._scheduler = Scheduler(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from miniinfer_jax.config import ConfigError, EngineConfig, ModelConfig
 from miniinfer_jax.kv_cache import page_bytes
-from miniinfer_jax.ops.attention import QUERY_BLOCK
+from miniinfer_jax.ops.attention_reference import QUERY_BLOCK
 
 Device = Any  # a jax.Device, which is a value to type checkers
 

@@ -1,9 +1,11 @@
 """`sample`, the whole way from logits to a step's output, and `score_tokens` for tokens that are given."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from miniinfer_jax.batch import MAX_LOGPROBS, PromptScores, SamplingInputs, StepOutput
+from miniinfer_jax.batch import MAX_LOGPROBS, PromptScores, RowParams, SamplingInputs, StepOutput
 from miniinfer_jax.sampling.draw import draw
 from miniinfer_jax.sampling.transforms import (
     LogitsProcessor,
@@ -12,6 +14,7 @@ from miniinfer_jax.sampling.transforms import (
     apply_penalties,
     apply_temperature,
     apply_top_k_and_top_p,
+    is_greedy,
 )
 
 # vLLM's order; the user's own processors come between the two.
@@ -28,21 +31,18 @@ def sample(
     a row without any allowed token leave nothing to draw. Raises ValueError, while being traced, for a processor
     that changes shape or dtype.
     """
-    model_logits = logits
-    for transform in TRANSFORMS_BEFORE:
-        with jax.named_scope(transform.__name__):
-            logits = transform(logits, inputs)
-    for processor in logits_processors:
-        with jax.named_scope("logits_processor"):
-            logits = _apply_processor(processor, logits, inputs)
-    is_finite = _has_finite_maximum(model_logits) & _has_finite_maximum(logits)
-    for transform in TRANSFORMS_AFTER:
-        with jax.named_scope(transform.__name__):
-            logits = transform(logits, inputs)
-    with jax.named_scope("draw"):
-        token_ids = draw(logits, inputs)
+    if logits_processors:
+        token_ids, is_finite = _draw_transformed(logits, inputs, logits_processors)
+    else:
+        # One branch for all: each branch that hands on logits costs a copy of them, and a launch.
+        token_ids, is_finite = jax.lax.cond(
+            jnp.any(_uses_transforms(inputs.rows)),
+            partial(_draw_transformed, inputs=inputs),
+            partial(_draw_plain, inputs=inputs),
+            logits,
+        )
     with jax.named_scope("logprobs"):
-        scores = _scores_where_asked(model_logits, token_ids, inputs.rows.num_logprobs > 0)
+        scores = _scores_where_asked(logits, token_ids, inputs.rows.num_logprobs > 0)
     return StepOutput(
         token_ids=token_ids,
         is_finite=is_finite,
@@ -50,6 +50,40 @@ def sample(
         logprob_ids=scores.logprob_ids,
         ranks=scores.ranks,
     )
+
+
+def _uses_transforms(rows: RowParams) -> jax.Array:
+    """Which rows [B] ask for more than a temperature."""
+    is_cut = (rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)
+    return (rows.has_rules != 0) | (is_cut & ~is_greedy(rows))
+
+
+def _draw_plain(logits: jax.Array, inputs: SamplingInputs) -> tuple[jax.Array, jax.Array]:
+    """(token ids [B], which rows are finite [B]) where no row asks for more than a temperature."""
+    with jax.named_scope("draw"):
+        token_ids = draw(apply_temperature(logits, inputs), inputs)
+    # The maximum that was drawn is NaN or infinite where any logit is NaN or +inf, and where all are -inf.
+    drawn = jnp.take_along_axis(logits, token_ids[:, None], axis=-1)[:, 0]
+    return token_ids, jnp.isfinite(drawn)
+
+
+def _draw_transformed(
+    logits: jax.Array, inputs: SamplingInputs, logits_processors: tuple[LogitsProcessor, ...] = ()
+) -> tuple[jax.Array, jax.Array]:
+    """(token ids [B], which rows are finite [B]) through the whole chain of transforms."""
+    is_finite = _has_finite_maximum(logits)
+    for transform in TRANSFORMS_BEFORE:
+        with jax.named_scope(transform.__name__):
+            logits = transform(logits, inputs)
+    for processor in logits_processors:
+        with jax.named_scope("logits_processor"):
+            logits = _apply_processor(processor, logits, inputs)
+    is_finite &= _has_finite_maximum(logits)
+    for transform in TRANSFORMS_AFTER:
+        with jax.named_scope(transform.__name__):
+            logits = transform(logits, inputs)
+    with jax.named_scope("draw"):
+        return draw(logits, inputs), is_finite
 
 
 def score_tokens(logits: jax.Array, next_ids: jax.Array) -> PromptScores:

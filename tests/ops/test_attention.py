@@ -1,6 +1,7 @@
 """Attention over pages: every implementation against a dense float64 oracle, torch, and its own promises."""
 
 import dataclasses
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -12,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miniinfer_jax import kv_cache
-from miniinfer_jax.ops.attention import BACKENDS, AttentionBackend, Tile, _reference, attention, choose_backend
+from miniinfer_jax.config import ModelConfig
+from miniinfer_jax.ops.attention import BACKENDS, AttentionBackend, _reference, attention, choose_backend
+from miniinfer_jax.ops.attention_reference import Tile
 
 # A backend gets a row where it runs: on the CPU, and marked `gpu` on the GPU (pytest -m gpu).
 IMPLEMENTATIONS = [
@@ -20,6 +23,7 @@ IMPLEMENTATIONS = [
     pytest.param(_reference("small-tiles", Tile(num_rows=2, num_keys=64)), id="small-tiles"),
     pytest.param(BACKENDS["xla"], id="xla-gpu", marks=pytest.mark.gpu),
 ]
+MODEL = ModelConfig("Qwen2ForCausalLM", 128, 128, 1, 2, 1, 64, 128, 4096)
 KEY_BLOCK = 256
 TOLERANCES = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
 
@@ -198,9 +202,37 @@ def test_gradients_are_those_of_dense_attention(window):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-5)
 
 
-def test_a_backend_is_chosen_by_name():
-    assert choose_backend("xla", "cpu") is BACKENDS["xla"]
-    assert choose_backend("auto", "cpu") is BACKENDS["xla-tiled"]
-    assert choose_backend("auto", "gpu") is BACKENDS["xla"]
-    with pytest.raises(ValueError, match="attention backend 'fast' is not known; known: auto, xla, xla-tiled"):
-        choose_backend("fast", "cpu")
+@dataclass(frozen=True)
+class StandInDevice:
+    platform: str
+    compute_capability: str | None = None
+
+
+HOPPER, AMPERE, CPU = StandInDevice("gpu", "9.0"), StandInDevice("gpu", "8.0"), StandInDevice("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "chosen"),
+    [("auto", CPU, "xla-tiled"), ("auto", AMPERE, "xla"), ("auto", HOPPER, "pallas"), ("xla", HOPPER, "xla")],
+)
+def test_a_backend_is_chosen_by_name_and_device(name, device, chosen):
+    assert choose_backend(name, MODEL, "bfloat16", 64, device) is BACKENDS[chosen]
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype", "page_size"),
+    [(dataclasses.replace(MODEL, head_dim=72), "bfloat16", 64), (MODEL, "bfloat16", 8), (MODEL, "float32", 64)],
+)
+def test_auto_passes_over_kernels_that_cannot_run_the_model(model, dtype, page_size):
+    assert choose_backend("auto", model, dtype, page_size, HOPPER) is BACKENDS["xla"]
+    with pytest.raises(ValueError, match="'pallas' can't run this: .*use auto, xla, xla-tiled"):
+        choose_backend("pallas", model, dtype, page_size, HOPPER)
+
+
+def test_a_backend_that_cannot_run_is_refused_by_name():
+    with pytest.raises(ValueError, match="attention backend 'fast' is not known; known: auto, pallas, xla, xla-tiled"):
+        choose_backend("fast", MODEL, "bfloat16", 64, CPU)
+    with pytest.raises(ValueError, match="'pallas' can't run this: it needs a Hopper GPU .* use auto, xla, xla-tiled"):
+        choose_backend("pallas", MODEL, "bfloat16", 64, CPU)
+    with pytest.raises(ValueError, match="compute capability 8.0"):
+        choose_backend("pallas", MODEL, "bfloat16", 64, AMPERE)
