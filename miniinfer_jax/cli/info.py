@@ -92,7 +92,7 @@ def _describe_model(options: EngineOptions) -> dict[str, Any]:
         "page_bytes": page_bytes,
         "num_pages": engine.num_pages,
         "cache_bytes": page_bytes * (engine.num_pages or 0),
-        "ragged_bucket_tokens": [bucket.num_tokens for bucket in buckets.ragged],
+        "ragged_bucket_tokens": sorted({bucket.num_tokens for bucket in buckets.ragged}),
         "decode_bucket_rows": [bucket.num_rows for bucket in buckets.decode],
     }
 

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from miniinfer_jax.config import EngineConfig
 
 SMALLEST_PREFILL = 16
+MEDIUM_PREFILL = 1024  # up to here a step is bound by the weights' bytes, and padding is cheap
+# Sequences of a step of long chunks: without it, one prompt would pay for the logits of max_num_seqs rows.
+FEW_ROWS = 16
 # In deterministic mode every step, of prefill and of decode alike, is one program over this many tokens, because
 # a matrix product of another height may add in another order.
 DETERMINISTIC_TOKENS = 64
@@ -28,14 +31,14 @@ class DecodeBucket:
 
 @dataclass(frozen=True)
 class Buckets:
-    """Every shape of one engine, smallest first; no decode buckets in deterministic mode."""
+    """Every shape of one engine, smallest first: tokens, then rows; no decode buckets in deterministic mode."""
 
     ragged: tuple[RaggedBucket, ...]
     decode: tuple[DecodeBucket, ...]
 
-    def for_tokens(self, num_tokens: int) -> RaggedBucket:
-        """The smallest ragged bucket that holds num_tokens."""
-        return next(bucket for bucket in self.ragged if bucket.num_tokens >= num_tokens)
+    def for_chunks(self, num_tokens: int, num_rows: int) -> RaggedBucket:
+        """The smallest ragged bucket that holds num_tokens of num_rows sequences."""
+        return next(bucket for bucket in self.ragged if bucket.num_tokens >= num_tokens and bucket.num_rows >= num_rows)
 
     def for_rows(self, num_rows: int) -> DecodeBucket:
         """The smallest decode bucket that holds num_rows."""
@@ -52,19 +55,23 @@ def token_budget(config: EngineConfig) -> int:
 
 
 def choose_buckets(config: EngineConfig) -> Buckets:
-    """Ragged steps of 16, 64, 256, ... tokens up to the budget; decode steps of 1, 4, 16, 32, ... max_num_seqs rows."""
+    """Ragged steps of 16, 64, 256, 1024, 2048, ... tokens up to the budget, of many and of few sequences; decode steps
+    of 1, 4, 16, 32, ... max_num_seqs rows."""
 
-    def ragged(num_tokens: int) -> RaggedBucket:
-        num_rows = min(config.max_num_seqs, num_tokens)
+    def ragged(num_tokens: int, max_rows: int = config.max_num_seqs) -> RaggedBucket:
+        num_rows = min(max_rows, num_tokens)
         # A chunk of n tokens begins at most n // page_size + 1 pages.
         return RaggedBucket(num_tokens, num_rows, num_tokens // config.page_size + num_rows)
 
     if config.deterministic:
         return Buckets(ragged=(ragged(DETERMINISTIC_TOKENS),), decode=())
     largest = -(-config.max_num_batched_tokens // SMALLEST_PREFILL) * SMALLEST_PREFILL
-    tokens = [*_powers(SMALLEST_PREFILL, largest, factor=4), largest]
+    medium = min(largest, MEDIUM_PREFILL)
+    tokens = [*_powers(SMALLEST_PREFILL, medium, factor=4), *_powers(medium, largest, factor=2), largest]
+    widths = (FEW_ROWS, config.max_num_seqs) if config.max_num_seqs >= 8 * FEW_ROWS else (config.max_num_seqs,)
+    shapes = dict.fromkeys(ragged(size, width) for size in tokens for width in widths)
     rows = [size for size in _powers(1, config.max_num_seqs, factor=2) if size not in (2, 8)] + [config.max_num_seqs]
-    return Buckets(tuple(ragged(size) for size in tokens), tuple(DecodeBucket(size) for size in rows))
+    return Buckets(tuple(shapes), tuple(DecodeBucket(size) for size in rows))
 
 
 def _powers(first: int, limit: int, factor: int) -> list[int]:

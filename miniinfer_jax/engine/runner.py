@@ -71,7 +71,7 @@ class Runner:
             bucket = self._buckets.for_rows(len(plan.chunks))
             packed = pack_decode(plan, bucket, shape)
         else:
-            bucket = self._buckets.for_tokens(plan.num_tokens)
+            bucket = self._buckets.for_chunks(plan.num_tokens, len(plan.chunks))
             packed = pack_ragged(plan, bucket, shape)
         program = self._programs[bucket]
         self._cache, self._state, output = program(self._params, self._cache, self._state, packed)

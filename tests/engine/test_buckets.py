@@ -1,0 +1,41 @@
+"""Every plan that the scheduler may make fits a bucket, and no smaller one."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from miniinfer_jax.config import EngineConfig
+from miniinfer_jax.engine.buckets import choose_buckets
+
+CONFIGS = st.builds(
+    EngineConfig,
+    max_num_seqs=st.integers(1, 300),
+    max_num_batched_tokens=st.integers(1, 9000),
+    page_size=st.sampled_from([1, 16, 64]),
+    deterministic=st.booleans(),
+)
+
+
+@given(CONFIGS, st.data())
+def test_the_smallest_bucket_that_holds_a_plan(config, data):
+    buckets = choose_buckets(config)
+    num_tokens = data.draw(
+        st.integers(
+            1, min(64, config.max_num_batched_tokens) if config.deterministic else config.max_num_batched_tokens
+        )
+    )
+    num_rows = data.draw(st.integers(1, min(num_tokens, config.max_num_seqs)))
+    chosen = buckets.for_chunks(num_tokens, num_rows)
+    assert chosen.num_tokens >= num_tokens and chosen.num_rows >= num_rows
+    assert chosen.num_new_pages >= num_rows + num_tokens // config.page_size
+    for other in buckets.ragged:
+        fits = other.num_tokens >= num_tokens and other.num_rows >= num_rows
+        assert not fits or (other.num_tokens, other.num_rows) >= (chosen.num_tokens, chosen.num_rows)
+    if not config.deterministic:
+        assert buckets.for_rows(num_rows).num_rows >= num_rows
+
+
+def test_long_chunks_of_few_sequences_have_shapes_of_their_own():
+    buckets = choose_buckets(EngineConfig(max_num_seqs=256, max_num_batched_tokens=8192, page_size=64))
+    assert buckets.for_chunks(128, 1).num_rows == 16
+    assert buckets.for_chunks(5000, 16).num_rows == 16
+    assert buckets.for_chunks(300, 200).num_rows == 256
