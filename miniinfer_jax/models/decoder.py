@@ -139,11 +139,10 @@ def attention_block(
     """hidden [T, D] -> [T, D]: keys and values are written to their pages first, then attended to over pages."""
     with jax.named_scope("qkv"):
         qkv = linear(hidden, layer.qkv, layer.qkv_bias)  # [T, K, G + 2, H]
+        if config.qk_norm:
+            qkv = norm_queries_and_keys(config, layer, qkv)
         queries = qkv[:, :, :-2].reshape(-1, config.num_heads, config.head_dim)  # [T, N, H]
         keys, values = qkv[:, :, -2], qkv[:, :, -1]  # [T, K, H]
-        if config.qk_norm:
-            queries = rms_norm(queries, layer.q_norm, config.norm_eps)
-            keys = rms_norm(keys, layer.k_norm, config.norm_eps)
     with jax.named_scope("rope"):
         queries = rope(queries, table, config.rope.interleaved)
         keys = rope(keys, table, config.rope.interleaved)
@@ -153,6 +152,14 @@ def attention_block(
         attended = attention(queries, pages, inputs, window, backend)
     with jax.named_scope("output"):
         return linear(attended, layer.o, num_input_axes=2), pages
+
+
+def norm_queries_and_keys(config: ModelConfig, layer: LayerParams, qkv: Array) -> Array:
+    """qkv [T, K, G + 2, H] with each query and key head normalized, where it lies: a GPU would copy parts out first."""
+    group = qkv.shape[2] - 2
+    heads = jnp.arange(group + 2)[:, None]
+    weights = jnp.where(heads < group, layer.q_norm, layer.k_norm)  # [G + 2, H]
+    return jnp.where(heads <= group, rms_norm(qkv, weights, config.norm_eps), qkv)
 
 
 def feed_forward(config: ModelConfig, layer: LayerParams, hidden: Array) -> Array:
