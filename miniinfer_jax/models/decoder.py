@@ -144,8 +144,8 @@ def attention_block(
         queries = qkv[:, :, :-2].reshape(-1, config.num_heads, config.head_dim)  # [T, N, H]
         keys, values = qkv[:, :, -2], qkv[:, :, -1]  # [T, K, H]
     with jax.named_scope("rope"):
-        queries = rope(queries, table, config.rope.interleaved)
-        keys = rope(keys, table, config.rope.interleaved)
+        queries = rope(queries, table, config.rope.interleaved).astype(hidden.dtype)
+        keys = rope(keys, table, config.rope.interleaved)  # rounded to the pages' dtype when written
     with jax.named_scope("cache_write"):
         pages = kv_cache.write(pages, keys, values, inputs.slots)
     with jax.named_scope("attention"):
@@ -155,11 +155,14 @@ def attention_block(
 
 
 def norm_queries_and_keys(config: ModelConfig, layer: LayerParams, qkv: Array) -> Array:
-    """qkv [T, K, G + 2, H] with each query and key head normalized, where it lies: a GPU would copy parts out first."""
+    """qkv [T, K, G + 2, H], in float32, with each query and key head normalized.
+
+    Where they lie, since a GPU would copy parts out first; and rounded once, after the rope that follows.
+    """
     group = qkv.shape[2] - 2
     heads = jnp.arange(group + 2)[:, None]
-    weights = jnp.where(heads < group, layer.q_norm, layer.k_norm)  # [G + 2, H]
-    return jnp.where(heads <= group, rms_norm(qkv, weights, config.norm_eps), qkv)
+    weights = jnp.where(heads < group, layer.q_norm, jnp.where(heads == group, layer.k_norm, 1))  # [G + 2, H]
+    return rms_norm(qkv.astype(jnp.float32), weights, config.norm_eps, is_normed=heads <= group)
 
 
 def feed_forward(config: ModelConfig, layer: LayerParams, hidden: Array) -> Array:
