@@ -11,12 +11,10 @@ import numpy as np
 
 from miniinfer_jax import LLM, SamplingParams
 
-NUM_REQUESTS = 33
 
-
-def make_requests():
+def make_requests(num_requests):
     generator = np.random.default_rng(0)
-    prompts = [generator.integers(4, 97, size).tolist() for size in generator.integers(1, 120, NUM_REQUESTS)]
+    prompts = [generator.integers(4, 97, size).tolist() for size in generator.integers(1, 120, num_requests)]
     params = [
         SamplingParams(
             temperature=(0.0, 0.8, 1.0)[index % 3],
@@ -24,12 +22,12 @@ def make_requests():
             top_k=20 if index % 5 == 0 else 0,
             frequency_penalty=0.5 if index % 7 == 0 else 0.0,
             seed=index,
-            max_tokens=30 + index,
+            max_tokens=30 + index % 33,
             ignore_eos=True,
             logprobs=3,
             prompt_logprobs=2 if index % 6 == 0 else None,
         )
-        for index in range(NUM_REQUESTS)
+        for index in range(num_requests)
     ]
     return prompts, params
 
@@ -42,15 +40,16 @@ def bits(output):
     return completion.token_ids, drawn, prompt
 
 
-def main(folder, dtype):
-    prompts, params = make_requests()
+def main(folder, dtype, num_requests):
+    prompts, params = make_requests(num_requests)
 
     def engine(**sizes):
         return LLM(
             folder,
             dtype=dtype,
             deterministic=True,
-            max_num_seqs=NUM_REQUESTS,
+            max_num_seqs=num_requests,
+            page_size=16,
             max_model_len=192,
             skip_tokenizer_init=True,
             use_tqdm=False,
@@ -61,16 +60,17 @@ def main(folder, dtype):
         outputs = llm.generate([prompts[i] for i in order], [params[i] for i in order], use_tqdm=False)
         return [i for i, output in zip(order, outputs, strict=True) if bits(output) != alone[i]]
 
-    llm = engine(num_pages=400)
+    num_pages = 12 * num_requests  # of 16 tokens: enough for all
+    llm = engine(num_pages=num_pages)
     alone = [bits(llm.generate(p, s, use_tqdm=False)[0]) for p, s in zip(prompts, params, strict=True)]
-    everyone = list(range(NUM_REQUESTS))
+    everyone = list(range(num_requests))
     report = {
         "among_1": differing(llm, [5, 9]),
         "among_6": differing(llm, everyone[10:17]),
-        "among_32": differing(llm, everyone),
-        "among_32_reversed": differing(llm, everyone[::-1]),
-        "chunks_of_24": differing(engine(num_pages=400, max_num_batched_tokens=24), everyone),
-        "chunks_of_7": differing(engine(num_pages=400, max_num_batched_tokens=7), everyone[:12]),
+        "among_all": differing(llm, everyone),
+        "among_all_reversed": differing(llm, everyone[::-1]),
+        "chunks_of_24": differing(engine(num_pages=num_pages, max_num_batched_tokens=24), everyone),
+        "chunks_of_7": differing(engine(num_pages=num_pages, max_num_batched_tokens=7), everyone[:12]),
     }
     small = engine(num_pages=20)
     report["preempted"] = differing(small, everyone)
@@ -81,4 +81,4 @@ def main(folder, dtype):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
