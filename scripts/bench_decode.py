@@ -36,14 +36,7 @@ def bench_decode(
         )
         description, rows = run_latency(engine, parse_sizes(batch_sizes), context, num_tokens)
         for row in rows:
-            print(json.dumps({**description, "peak_device_bytes": peak_device_bytes(), **row}), flush=True)
-
-
-def peak_device_bytes() -> int | None:
-    """The most that JAX has held of the first device's memory in this process; None where it does not say."""
-    import jax
-
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+            print(json.dumps({**description, **row}), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from miniinfer_jax.benchmark.report import bound, itemsize_of
-from miniinfer_jax.benchmark.roofline import Ceilings, decode_cost, prefill_cost
+from miniinfer_jax.benchmark.hlo_text import Cost
+from miniinfer_jax.benchmark.profile import profile_steps
+from miniinfer_jax.benchmark.report import itemsize_of, reached
+from miniinfer_jax.benchmark.roofline import Ceilings, decode_attention_cost, decode_cost, prefill_cost
 from miniinfer_jax.benchmark.throughput import MAX_TOKEN_ID
 from miniinfer_jax.sampling_params import SamplingParams
 
@@ -28,49 +30,61 @@ def steps_to_start(batch_size: int, input_len: int, max_num_batched_tokens: int)
     return -(-batch_size * input_len // max(max_num_batched_tokens - batch_size, 1)) + 1
 
 
-def time_batch(engine: Any, prompts: list[list[int]], num_tokens: int) -> BatchTimes:
-    """Hands in all prompts at once, then decodes `num_tokens` of each after the last one has its first token.
-
-    Raises ValueError when the engine cannot hold all of them for so long.
-    """
+def start_batch(engine: Any, prompts: list[list[int]]) -> list[str]:
+    """Hands in all prompts at once and steps until all of them decode; the ids of the requests."""
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=None, detokenize=False)
     request_ids = [f"latency-{index}" for index in range(len(prompts))]
-    num_before = engine.stats().num_prompt_tokens
+    num_to_read = engine.stats().num_prompt_tokens + sum(map(len, prompts))
     for request_id, prompt in zip(request_ids, prompts, strict=True):
         engine.add_request(request_id, prompt, params, streams=False)
-    marks: list[tuple[float, int]] = []  # time and tokens generated, from when all sequences decode
-    while not marks or marks[-1][1] - marks[0][1] < num_tokens * len(prompts):
-        finished, stats = engine.step(), engine.stats()
-        if finished:
-            raise ValueError(
-                f"a sequence ended before all {len(prompts)} had decoded {num_tokens} tokens; "
-                "raise max_model_len or num_pages, or measure a smaller batch"
-            )
-        if stats.num_prompt_tokens - num_before == sum(map(len, prompts)):
-            marks.append((time.perf_counter(), stats.num_generated_tokens))
+    while engine.stats().num_prompt_tokens < num_to_read:
+        step_unfinished(engine)
+    return request_ids
+
+
+def step_unfinished(engine: Any) -> None:
+    """A step that ends no sequence; raises ValueError if it does: there was no room for the batch for so long."""
+    if engine.step():
+        raise ValueError(
+            "a sequence ended before all of its batch had decoded as many tokens as are timed; "
+            "raise max_model_len or num_pages, or measure a smaller batch"
+        )
+
+
+def end_batch(engine: Any, request_ids: list[str]) -> list[Any]:
+    """The outputs so far of requests that are ended."""
     outputs = [engine.abort(request_id) for request_id in request_ids]
     while engine.has_unfinished_requests():
         engine.step()
-    steady_tokens = (marks[-1][1] - marks[0][1]) / len(prompts)
+    return outputs
+
+
+def time_batch(engine: Any, prompts: list[list[int]], num_tokens: int) -> BatchTimes:
+    """Hands in all prompts at once, then decodes `num_tokens` of each after the last one has its first token."""
+    request_ids = start_batch(engine, prompts)
+    started_at, num_before = time.perf_counter(), engine.stats().num_generated_tokens
+    while engine.stats().num_generated_tokens - num_before < num_tokens * len(prompts):
+        step_unfinished(engine)
+    seconds, num_steady = time.perf_counter() - started_at, engine.stats().num_generated_tokens - num_before
+    outputs = end_batch(engine, request_ids)
+    steady_tokens = num_steady / len(prompts)
     total_len = sum(len(output.prompt_token_ids) + len(output.outputs[0].token_ids) for output in outputs)
     return BatchTimes(
         first_token=[output.metrics.first_token_time - output.metrics.arrival_time for output in outputs],
-        seconds_per_token=(marks[-1][0] - marks[0][0]) / steady_tokens,
+        seconds_per_token=seconds / steady_tokens,
         mean_context=total_len / len(prompts) - steady_tokens / 2,
     )
 
 
 def measure_latency(llm: Any, batch_size: int, input_len: int, num_tokens: int, ceilings: Ceilings) -> dict[str, Any]:
     """The figures of one batch size; times in seconds. A short first run, untimed, warms what a first run warms."""
-    generator = random.Random(0)
-    highest = min(MAX_TOKEN_ID, llm.model_config.vocab_size) - 1
-    prompts = [[generator.randint(0, highest) for _ in range(input_len)] for _ in range(batch_size)]
+    prompts = _draw_prompts(llm, batch_size, input_len)
     time_batch(llm.engine, prompts[:1], 2)
     times = time_batch(llm.engine, prompts, num_tokens)
     itemsize = itemsize_of(llm)
-    prefill = bound(prefill_cost(llm.model_config, [input_len] * batch_size, itemsize, itemsize), ceilings)
+    prefill = prefill_cost(llm.model_config, [input_len] * batch_size, itemsize, itemsize)
     context_lens = [round(times.mean_context)] * batch_size
-    decode = bound(decode_cost(llm.model_config, context_lens, itemsize, itemsize), ceilings)
+    decode = decode_cost(llm.model_config, context_lens, itemsize, itemsize)
     last_first_token = max(times.first_token)
     return {
         "batch_size": batch_size,
@@ -78,8 +92,27 @@ def measure_latency(llm: Any, batch_size: int, input_len: int, num_tokens: int, 
         "mean_context": times.mean_context,
         "seconds_to_first_token": sum(times.first_token) / batch_size,
         "seconds_to_last_first_token": last_first_token,
-        "prefill_roofline": {**prefill, "share": prefill["least_seconds"] / last_first_token},
+        "prefill_roofline": reached(prefill, last_first_token, ceilings),
         "seconds_per_token": times.seconds_per_token,
         "tokens_per_second": batch_size / times.seconds_per_token,
-        "decode_roofline": {**decode, "share": decode["least_seconds"] / times.seconds_per_token},
+        "decode_roofline": reached(decode, times.seconds_per_token, ceilings),
     }
+
+
+def profile_latency(llm: Any, figures: dict[str, Any], num_tokens: int, ceilings: Ceilings) -> dict[str, Any]:
+    """The decode steps that `measure_latency` timed for these figures, once more, under the profiler."""
+    batch_size = figures["batch_size"]
+    context_lens = [round(figures["mean_context"])] * batch_size
+    cost = decode_attention_cost(llm.model_config, context_lens, itemsize_of(llm))
+    attention = Cost(cost.num_bytes, cost.operations)
+    request_ids = start_batch(llm.engine, _draw_prompts(llm, batch_size, figures["input_len"]))
+    wall_seconds = figures["seconds_per_token"]
+    profile = profile_steps(llm, num_tokens, wall_seconds, ceilings, attention, num_rows=batch_size)
+    end_batch(llm.engine, request_ids)
+    return profile
+
+
+def _draw_prompts(llm: Any, batch_size: int, input_len: int) -> list[list[int]]:
+    generator = random.Random(0)
+    highest = min(MAX_TOKEN_ID, llm.model_config.vocab_size) - 1
+    return [[generator.randint(0, highest) for _ in range(input_len)] for _ in range(batch_size)]

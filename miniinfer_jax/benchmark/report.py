@@ -17,6 +17,23 @@ def bound(cost: StepCost, ceilings: Ceilings) -> dict[str, Any]:
     return {**asdict(cost), "num_bytes": cost.num_bytes, "least_seconds": least_seconds(cost, ceilings)}
 
 
+def reached(cost: StepCost, seconds: float, ceilings: Ceilings) -> dict[str, Any]:
+    """A cost as figures, and how near `seconds` came to the device's ceilings.
+
+    share: the least seconds over the measured ones; read_share and matmul_share: of each ceiling by itself.
+    """
+    figures = bound(cost, ceilings)
+    bytes_per_second, operations_per_second = cost.num_bytes / seconds, cost.operations / seconds
+    return {
+        **figures,
+        "share": figures["least_seconds"] / seconds,
+        "bytes_per_second": bytes_per_second,
+        "read_share": bytes_per_second / ceilings.bytes_per_second,
+        "operations_per_second": operations_per_second,
+        "matmul_share": operations_per_second / ceilings.operations_per_second,
+    }
+
+
 def itemsize_of(llm: Any) -> int:
     """Bytes of one weight, and of one number in the KV cache."""
     return jnp.dtype(llm.engine.engine_config.dtype).itemsize

@@ -97,15 +97,23 @@ def decode_cost(config: ModelConfig, context_lens: Sequence[int], weight_itemsiz
     Itemsizes in bytes.
     """
     batch_size = len(context_lens)
-    keys = [sum(c if w is None else min(c, w) for c in context_lens) for w in config.sliding_windows]  # a layer
-    kv_read = sum(keys) * _token_kv_values(config)
-    kv_written = config.num_layers * batch_size * _token_kv_values(config)
+    attention = decode_attention_cost(config, context_lens, kv_itemsize)
+    kv_written = config.num_layers * batch_size * _token_kv_values(config) * kv_itemsize
     matmul_params = config.num_layers * layer_matmul_params(config) + config.vocab_size * config.hidden_size
     return StepCost(
         weight_bytes=_weight_bytes(config, batch_size, weight_itemsize),
-        kv_bytes=(kv_read + kv_written) * kv_itemsize,
+        kv_bytes=attention.kv_bytes + kv_written,
         logits_bytes=2 * batch_size * config.vocab_size * LOGIT_BYTES,
-        operations=2 * batch_size * matmul_params + sum(_attention_operations(config, pairs) for pairs in keys),
+        operations=2 * batch_size * matmul_params + attention.operations,
+    )
+
+
+def decode_attention_cost(config: ModelConfig, context_lens: Sequence[int], kv_itemsize: int) -> StepCost:
+    """Attention of one decode step by itself, all layers together: the live keys and values, read once."""
+    keys = [sum(c if w is None else min(c, w) for c in context_lens) for w in config.sliding_windows]  # a layer
+    return StepCost(
+        kv_bytes=sum(keys) * _token_kv_values(config) * kv_itemsize,
+        operations=sum(_attention_operations(config, pairs) for pairs in keys),
     )
 
 

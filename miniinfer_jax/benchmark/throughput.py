@@ -5,11 +5,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from miniinfer_jax.benchmark.report import bound, itemsize_of
+from miniinfer_jax.benchmark.profile import profile_steps, time_steps
+from miniinfer_jax.benchmark.report import bound, itemsize_of, reached
 from miniinfer_jax.benchmark.roofline import Ceilings, decode_run_cost, prefill_cost
 from miniinfer_jax.sampling_params import SamplingParams
 
 MAX_TOKEN_ID = 10_000
+MAX_TRACED_STEPS = 32  # a trace of thousands takes minutes to read and says the same
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,9 @@ def measure_throughput(
     The bound assumes the densest batches that max_num_seqs allows, whatever the page pool held.
     """
     prompts, output_lens = workload.draw(llm.model_config.vocab_size)
-    params = [
-        SamplingParams(temperature=workload.temperature, ignore_eos=True, max_tokens=length, detokenize=False)
-        for length in output_lens
-    ]
+    params = _sampling_params(workload, output_lens)
     llm.generate(prompts[:1], SamplingParams(max_tokens=2, ignore_eos=True, detokenize=False), use_tqdm=False)
+    num_steps_before = llm.engine.stats().num_steps
     started_at = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=use_tqdm)
     seconds = time.perf_counter() - started_at
@@ -64,22 +64,52 @@ def measure_throughput(
     prompt_lens = [len(prompt) for prompt in prompts]
     itemsize = itemsize_of(llm)
     lengths = list(zip(prompt_lens, output_lens, strict=True))
-    prefill = bound(prefill_cost(llm.model_config, prompt_lens, itemsize, itemsize), ceilings)
-    decode = bound(decode_run_cost(llm.model_config, lengths, max_num_seqs, itemsize, itemsize), ceilings)
+    prefill_part = prefill_cost(llm.model_config, prompt_lens, itemsize, itemsize)
+    decode_part = decode_run_cost(llm.model_config, lengths, max_num_seqs, itemsize, itemsize)
+    prefill, decode = bound(prefill_part, ceilings), bound(decode_part, ceilings)
     least = prefill["least_seconds"] + decode["least_seconds"]
     return {
         "num_requests": len(prompts),
         "prompt_tokens": sum(prompt_lens),
         "output_tokens": num_output,
         "seconds": seconds,
+        "num_steps": llm.engine.stats().num_steps - num_steps_before,
         "requests_per_second": len(prompts) / seconds,
         "output_tokens_per_second": num_output / seconds,
         "total_tokens_per_second": (num_output + sum(prompt_lens)) / seconds,
         "roofline": {
+            **reached(prefill_part + decode_part, seconds, ceilings),
             "prefill": prefill,
             "decode": decode,
+            # Prompts are bound by arithmetic and decoding by reading: one after the other, they don't overlap.
             "least_seconds": least,
             "output_tokens_per_second": num_output / least,
             "share": least / seconds,
         },
     }
+
+
+def profile_throughput(llm: Any, workload: Workload, num_steps: int, ceilings: Ceilings) -> dict[str, Any]:
+    """Runs the workload, of num_steps steps, again up to its middle: times some steps there, and traces as many."""
+    prompts, output_lens = workload.draw(llm.model_config.vocab_size)
+    request_ids = [f"profile-{index}" for index in range(len(prompts))]
+    params = _sampling_params(workload, output_lens)
+    for request_id, prompt, one in zip(request_ids, prompts, params, strict=True):
+        llm.engine.add_request(request_id, prompt, one, streams=False)
+    num_traced = max(1, min(MAX_TRACED_STEPS, num_steps // 4))
+    for _ in range(num_steps // 2 - num_traced):
+        llm.engine.step()
+    wall_seconds = time_steps(llm.engine, num_traced)
+    profile = profile_steps(llm, num_traced, wall_seconds, ceilings)
+    for request_id in request_ids:
+        llm.engine.abort(request_id)
+    while llm.engine.has_unfinished_requests():
+        llm.engine.step()
+    return profile
+
+
+def _sampling_params(workload: Workload, output_lens: list[int]) -> list[SamplingParams]:
+    return [
+        SamplingParams(temperature=workload.temperature, ignore_eos=True, max_tokens=length, detokenize=False)
+        for length in output_lens
+    ]

@@ -17,6 +17,13 @@ from miniinfer_jax.cli.options import EngineOptions, flatten_options
 THROUGHPUT_MAX_NUM_SEQS = 256
 DEMO_MAX_LEN = 1024
 MAX_NUM_BATCHED_TOKENS = 2048
+NUM_KERNELS_PRINTED = 20
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Profile = Annotated[
+    bool, typer.Option("--profile", help="Run steps once more under the profiler: kernels by time, idle time.")
+]
+Plot = Annotated[Path | None, typer.Option(help="Draw the roofline into this .png (needs matplotlib).")]
 
 app = typer.Typer(help="Measure speed beside the device's ceilings.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -28,9 +35,10 @@ def opened_llm(
     """The LLM to measure, the description of the run, and the device's ceilings.
 
     A published shape's name stands for its random weights. The ceilings are measured first, while the device's
-    memory is still free.
+    memory is still free. When the block ends, the description also says what the memory went to.
     """
     from miniinfer_jax.benchmark.ceilings import measure_ceilings
+    from miniinfer_jax.benchmark.memory_report import memory_report, peak_bytes
     from miniinfer_jax.benchmark.report import describe_run
     from miniinfer_jax.benchmark.shapes import SHAPES, write_shape
     from miniinfer_jax.engine.memory import default_device
@@ -43,7 +51,7 @@ def opened_llm(
         on_cpu = default_device(engine.gpu_memory_utilization).platform == "cpu"
         usual_dtype = "float32" if on_cpu else "bfloat16"
         ceilings = measure_ceilings(usual_dtype if engine.dtype == "auto" else engine.dtype)
-        started_at = time.perf_counter()
+        peak_before, started_at = peak_bytes(), time.perf_counter()
         llm = options.open_llm(
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
@@ -51,7 +59,9 @@ def opened_llm(
             skip_tokenizer_init=is_shape,
         )
         startup_seconds = time.perf_counter() - started_at
-        yield llm, describe_run(llm, engine.model, ceilings, startup_seconds), ceilings
+        run = describe_run(llm, engine.model, ceilings, startup_seconds)
+        yield llm, run, ceilings
+        run["memory"] = memory_report(llm, peak_before)
 
 
 @app.command()
@@ -64,14 +74,19 @@ def throughput(
     min_output: Annotated[int, typer.Option(help="Fewest tokens to generate.")] = 100,
     max_output: Annotated[int, typer.Option(help="Most tokens to generate.")] = 1024,
     temperature: Annotated[float, typer.Option(help="Of the draws.")] = 0.6,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    profile: Profile = False,
+    plot: Plot = None,
+    as_json: Json = False,
 ) -> None:
     """Tokens a second over many requests of mixed lengths (the defaults are nano-vllm's benchmark).
 
     --model also takes a published shape (qwen2.5-0.5b, qwen2.5-7b, ...), with random weights.
     """
-    from miniinfer_jax.benchmark.throughput import Workload, measure_throughput
+    from miniinfer_jax.benchmark.plot import check_can_plot
+    from miniinfer_jax.benchmark.throughput import Workload, measure_throughput, profile_throughput
 
+    if plot:
+        check_can_plot(plot)
     workload = Workload(num_requests, min_input, max_input, min_output, max_output, temperature)
     max_num_seqs = engine.max_num_seqs or min(num_requests, THROUGHPUT_MAX_NUM_SEQS)
     longest = max_input + max_output
@@ -82,11 +97,17 @@ def throughput(
         )
     with opened_llm(engine, max_num_seqs, longest, MAX_NUM_BATCHED_TOKENS) as (llm, run, ceilings):
         figures = measure_throughput(llm, workload, max_num_seqs, ceilings, use_tqdm=sys.stderr.isatty())
+        if profile:
+            figures["profile"] = profile_throughput(llm, workload, figures["num_steps"], ceilings)
+    if plot:
+        _plot(plot, run, [("whole run", figures["roofline"], figures["seconds"])])
     if as_json:
         print(json.dumps({**run, **figures}))
     else:
         _print_run(run)
         _print_throughput(figures)
+        _print_memory(run["memory"])
+        _print_profiles({"in the middle of the run": figures.get("profile")})
 
 
 @app.command()
@@ -96,18 +117,28 @@ def latency(
     batch_sizes: Annotated[str, typer.Option(help="Comma-separated.")] = "1,8,32",
     input_len: Annotated[int, typer.Option(help="Tokens in each prompt.")] = 128,
     output_len: Annotated[int, typer.Option(help="Tokens to time for each, once all are decoding.")] = 64,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    profile: Profile = False,
+    plot: Plot = None,
+    as_json: Json = False,
 ) -> None:
     """Time to the first token, and time a token after it, by batch size.
 
     --model also takes a published shape (qwen2.5-0.5b, qwen2.5-7b, ...), with random weights.
     """
-    run, rows = run_latency(engine, parse_sizes(batch_sizes), input_len, output_len)
+    from miniinfer_jax.benchmark.plot import check_can_plot
+
+    if plot:
+        check_can_plot(plot)
+    run, rows = run_latency(engine, parse_sizes(batch_sizes), input_len, output_len, profile=profile)
+    if plot:
+        _plot(plot, run, [point for row in rows for point in _latency_points(row)])
     if as_json:
         print(json.dumps({**run, "latencies": rows}))
     else:
         _print_run(run)
         _print_latencies(rows)
+        _print_memory(run["memory"])
+        _print_profiles({f"decode, batch {row['batch_size']}": row.get("profile") for row in rows})
 
 
 def parse_sizes(text: str) -> list[int]:
@@ -119,10 +150,10 @@ def parse_sizes(text: str) -> list[int]:
 
 
 def run_latency(
-    engine: EngineOptions, batch_sizes: list[int], input_len: int, output_len: int
+    engine: EngineOptions, batch_sizes: list[int], input_len: int, output_len: int, *, profile: bool = False
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The description of the run, and the figures of each batch size, in one engine."""
-    from miniinfer_jax.benchmark.latency import measure_latency, steps_to_start
+    from miniinfer_jax.benchmark.latency import measure_latency, profile_latency, steps_to_start
 
     if input_len < 1 or output_len < 1:
         raise ValueError(f"input_len is {input_len} and output_len {output_len}; both must be at least 1")
@@ -131,7 +162,10 @@ def run_latency(
     # Who starts first decodes until the last one starts: that needs room too.
     longest = input_len + steps_to_start(largest, input_len, budget) + output_len + 8
     with opened_llm(engine, largest, longest, budget) as (llm, run, ceilings):
-        return run, [measure_latency(llm, size, input_len, output_len, ceilings) for size in batch_sizes]
+        rows = [measure_latency(llm, size, input_len, output_len, ceilings) for size in batch_sizes]
+        for row in rows if profile else []:  # after all that is timed: a profiler that was on may leave its mark
+            row["profile"] = profile_latency(llm, row, output_len, ceilings)
+    return run, rows
 
 
 def _print_run(run: dict[str, Any]) -> None:
@@ -147,19 +181,102 @@ def _print_throughput(figures: dict[str, Any]) -> None:
     roofline = figures["roofline"]
     print(
         f"{figures['num_requests']} requests, {figures['prompt_tokens']} tokens in, {figures['output_tokens']} out, "
-        f"{figures['seconds']:.2f} s"
+        f"{figures['num_steps']} steps, {figures['seconds']:.2f} s"
     )
     print(
         f"{figures['output_tokens_per_second']:,.0f} output tokens/s; "
         f"roofline {roofline['output_tokens_per_second']:,.0f}, share {roofline['share']:.1%}"
     )
+    print(ROOFLINE_HEADER)
+    for name in ("prefill", "decode"):
+        print(f"{name:<26}" + _cost_columns(roofline[name]))  # timed together only
+    print(f"{'whole run':<26}" + _roofline_columns(figures["seconds"], roofline))
 
 
 def _print_latencies(rows: list[dict[str, Any]]) -> None:
-    print(f"{'batch':>6} {'first token':>14} {'roofline':>9} {'a token':>12} {'roofline':>9} {'tokens/s':>10}")
+    print(ROOFLINE_HEADER)
     for row in rows:
+        for name, roofline, seconds in _latency_points(row):
+            print(f"{name:<26}" + _roofline_columns(seconds, roofline))
+    print("  ".join(f"batch {row['batch_size']}: {row['tokens_per_second']:,.0f} tokens/s" for row in rows))
+
+
+def _latency_points(row: dict[str, Any]) -> list[tuple[str, dict[str, Any], float]]:
+    """Name, roofline and seconds of the two figures of a batch size."""
+    name = f"batch {row['batch_size']}, "
+    return [
+        (name + "first token", row["prefill_roofline"], row["seconds_to_last_first_token"]),
+        (name + "a token", row["decode_roofline"], row["seconds_per_token"]),
+    ]
+
+
+ROOFLINE_HEADER = (
+    f"{'':<26}{'GB':>11}{'GFLOP':>13}{'least ms':>12}{'ms':>12}{'share':>8}{'of read':>9}{'of matmul':>11}"
+)
+
+
+def _cost_columns(cost: dict[str, Any]) -> str:
+    return f"{cost['num_bytes'] / 1e9:>11.4f}{cost['operations'] / 1e9:>13.3f}{cost['least_seconds'] * 1e3:>12.4f}"
+
+
+def _roofline_columns(seconds: float, roofline: dict[str, Any]) -> str:
+    shares = f"{roofline['share']:>8.1%}{roofline['read_share']:>9.1%}{roofline['matmul_share']:>11.1%}"
+    return f"{_cost_columns(roofline)}{seconds * 1e3:>12.3f}{shares}"
+
+
+def _print_memory(memory: dict[str, int | None]) -> None:
+    def megabytes(name: str) -> str:
+        size = memory[f"{name}_bytes"]
+        return "unknown" if size is None else f"{size / 1e6:,.1f} MB"
+
+    print(
+        f"device memory: peak {megabytes('peak')}; weights {megabytes('weight')}, pages {megabytes('page')}, "
+        f"state {megabytes('state')}, workspace {megabytes('workspace')}"
+    )
+
+
+def _print_profiles(profiles: dict[str, dict[str, Any] | None]) -> None:
+    """The profiles that were made, by what they are of."""
+    for name, profile in profiles.items():
+        if profile:
+            _print_profile(name, profile)
+
+
+def _print_profile(name: str, profile: dict[str, Any]) -> None:
+    print(f"\nprofile: {name}, {profile['num_steps']} steps")
+    print(
+        f"a step: {profile['wall_seconds_per_step'] * 1e3:.3f} ms not traced, of which kernels take "
+        f"{profile['busy_seconds_per_step'] * 1e3:.3f} ms ({profile['busy_share_of_wall']:.1%})"
+    )
+    if profile["device_seconds_per_step"] is None:
+        print("traced: the trace does not tell one step from the next")
+    else:
         print(
-            f"{row['batch_size']:>6} {row['seconds_to_first_token'] * 1e3:>11.2f} ms "
-            f"{row['prefill_roofline']['share']:>9.1%} {row['seconds_per_token'] * 1e3:>9.3f} ms "
-            f"{row['decode_roofline']['share']:>9.1%} {row['tokens_per_second']:>10,.0f}"
+            f"traced: {profile['device_seconds_per_step'] * 1e3:.3f} ms on the device; idle between steps "
+            f"{profile['idle_share']:.1%}, between kernels {profile['idle_share_within_steps']:.1%}"
         )
+    print(f"{'kernel':<44}{'stage':<24}{'a step':>8}{'us':>11}{'share':>8}{'ceiling':>9}")
+    for row in profile["kernels"][:NUM_KERNELS_PRINTED]:
+        reached = "" if row["ceiling_share"] is None else f"{row['ceiling_share']:.1%}"
+        print(
+            f"{row['kernel'][:43]:<44}{row['stage'][:23]:<24}{row['count_per_step']:>8.1f}"
+            f"{row['seconds_per_step'] * 1e6:>11.2f}{row['share']:>8.1%}{reached:>9}"
+        )
+    others = profile["kernels"][NUM_KERNELS_PRINTED:]
+    if others:
+        count, seconds, share = (
+            sum(row[key] for row in others) for key in ("count_per_step", "seconds_per_step", "share")
+        )
+        print(f"{f'{len(others)} others':<68}{count:>8.1f}{seconds * 1e6:>11.2f}{share:>8.1%}")
+
+
+def _plot(path: Path, run: dict[str, Any], points: list[tuple[str, dict[str, Any], float]]) -> None:
+    from miniinfer_jax.benchmark.plot import PlotPoint, draw_roofline
+    from miniinfer_jax.benchmark.roofline import Ceilings
+
+    draw_roofline(
+        path,
+        f"{run['model']} ({run['dtype']}) on {run['device']}",
+        Ceilings(**run["ceilings"]),
+        [PlotPoint(name, roofline["num_bytes"], roofline["operations"], seconds) for name, roofline, seconds in points],
+    )

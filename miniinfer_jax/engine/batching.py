@@ -62,6 +62,13 @@ def needs_rules(sequence: Sequence) -> bool:
     )
 
 
+def is_plain(sequence: Sequence) -> bool:
+    """Whether the request asks for nothing but a temperature: its tokens are drawn without transforms or scores."""
+    params = sequence.params
+    is_cut = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+    return params.logprobs is None and not is_cut and not needs_rules(sequence)
+
+
 def recent_tokens(sequence: Sequence) -> list[int]:
     """The newest drawn tokens, newest last, -1 where there are none."""
     newest = sequence.output_token_ids[-NUM_RECENT:]

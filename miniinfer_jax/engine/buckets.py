@@ -24,9 +24,13 @@ class RaggedBucket:
 
 @dataclass(frozen=True)
 class DecodeBucket:
-    """A step over one token of each of `num_rows` sequences."""
+    """A step over one token of each of `num_rows` sequences.
+
+    is_plain: no row asks for more than a temperature, so the step has no branches and a GPU replays it as one graph.
+    """
 
     num_rows: int
+    is_plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,12 @@ class Buckets:
         """The smallest ragged bucket that holds num_tokens of num_rows sequences."""
         return next(bucket for bucket in self.ragged if bucket.num_tokens >= num_tokens and bucket.num_rows >= num_rows)
 
-    def for_rows(self, num_rows: int) -> DecodeBucket:
-        """The smallest decode bucket that holds num_rows."""
-        return next(bucket for bucket in self.decode if bucket.num_rows >= num_rows)
+    def for_rows(self, num_rows: int, is_plain: bool) -> DecodeBucket:
+        """The smallest decode bucket that holds num_rows, a plain one if there is one and it will do."""
+        fitting = [
+            bucket for bucket in self.decode if bucket.num_rows >= num_rows and (is_plain or not bucket.is_plain)
+        ]
+        return min(fitting, key=lambda bucket: (bucket.num_rows, not bucket.is_plain))
 
 
 def token_budget(config: EngineConfig) -> int:
@@ -54,9 +61,9 @@ def token_budget(config: EngineConfig) -> int:
     )
 
 
-def choose_buckets(config: EngineConfig) -> Buckets:
+def choose_buckets(config: EngineConfig, *, has_plain: bool = False) -> Buckets:
     """Ragged steps of 16, 64, 256, 1024, 2048, ... tokens up to the budget, of many and of few sequences; decode steps
-    of 1, 4, 16, 32, ... max_num_seqs rows."""
+    of 1, 4, 16, 32, ... max_num_seqs rows, with has_plain in both kinds."""
 
     def ragged(num_tokens: int, max_rows: int = config.max_num_seqs) -> RaggedBucket:
         num_rows = min(max_rows, num_tokens)
@@ -71,7 +78,8 @@ def choose_buckets(config: EngineConfig) -> Buckets:
     widths = (FEW_ROWS, config.max_num_seqs) if config.max_num_seqs >= 8 * FEW_ROWS else (config.max_num_seqs,)
     shapes = dict.fromkeys(ragged(size, width) for size in tokens for width in widths)
     rows = [size for size in _powers(1, config.max_num_seqs, factor=2) if size not in (2, 8)] + [config.max_num_seqs]
-    return Buckets(tuple(shapes), tuple(DecodeBucket(size) for size in rows))
+    decode = tuple(DecodeBucket(size, kind) for size in rows for kind in ((False, True) if has_plain else (False,)))
+    return Buckets(tuple(shapes), decode)
 
 
 def _powers(first: int, limit: int, factor: int) -> list[int]:

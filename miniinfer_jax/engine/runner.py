@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from miniinfer_jax import kv_cache
 from miniinfer_jax.batch import DecodeState, StepOutput, TokenRules, create_state
-from miniinfer_jax.engine.batching import NUM_COLUMNS, needs_rules, pack_decode, pack_ragged
+from miniinfer_jax.engine.batching import NUM_COLUMNS, is_plain, needs_rules, pack_decode, pack_ragged
 from miniinfer_jax.engine.buckets import Buckets
 from miniinfer_jax.engine.steps import StepContext, decode_step, ragged_step
 from miniinfer_jax.engine.token_rules import RuleRows, rule_rows
@@ -68,7 +68,7 @@ class Runner:
         shape = self._context.shape
         if self._buckets.decode and plan.is_decode_only:
             plan.chunks.sort(key=lambda chunk: chunk.start)  # rows of like length may share a tile of attention
-            bucket = self._buckets.for_rows(len(plan.chunks))
+            bucket = self._buckets.for_rows(len(plan.chunks), all(is_plain(chunk.sequence) for chunk in plan.chunks))
             packed = pack_decode(plan, bucket, shape)
         else:
             bucket = self._buckets.for_chunks(plan.num_tokens, len(plan.chunks))
@@ -78,6 +78,11 @@ class Runner:
         for array in self._wanted(plan, output):
             array.copy_to_host_async()
         return StepInFlight(plan, output)
+
+    def device_arrays_bytes(self) -> dict[str, int]:
+        """Bytes of what lives on the device between steps."""
+        owned = {"weights": self._params, "pages": self._cache, "state": self._state}
+        return {name: sum(array.nbytes for array in jax.tree.leaves(tree)) for name, tree in owned.items()}
 
     def _send_rules(self, sequence: Sequence) -> None:
         rows = rule_rows(sequence, self._context.config.vocab_size)
@@ -123,7 +128,7 @@ class Runner:
         params, cache, state = shapes(self._params), shapes(self._cache), shapes(self._state)
         jobs: dict[Any, Callable[[], jax.stages.Lowered]] = {}
         for bucket in self._buckets.decode:
-            step = jax.jit(partial(decode_step, context), donate_argnums=(1, 2))
+            step = jax.jit(partial(decode_step, context, bucket.is_plain), donate_argnums=(1, 2))
             jobs[bucket] = partial(step.lower, params, cache, state, int32(2, bucket.num_rows))
         for bucket in self._buckets.ragged:
             step = jax.jit(partial(ragged_step, context, bucket), donate_argnums=(1, 2))

@@ -14,7 +14,7 @@ from miniinfer_jax.engine.buckets import RaggedBucket
 from miniinfer_jax.kv_cache import KVCache
 from miniinfer_jax.models.decoder import DecoderParams, forward, logits
 from miniinfer_jax.ops.attention import AttentionBackend
-from miniinfer_jax.sampling.sample import sample, score_tokens
+from miniinfer_jax.sampling.sample import sample, sample_plain, score_tokens
 
 LogitsProcessor = Callable[[jax.Array, SamplingInputs], jax.Array]
 StepResult = tuple[KVCache, DecodeState, StepOutput]
@@ -33,12 +33,15 @@ class StepContext:
 
 
 def decode_step(
-    context: StepContext, params: DecoderParams, cache: KVCache, state: DecodeState, packed: jax.Array
+    context: StepContext, is_plain: bool, params: DecoderParams, cache: KVCache, state: DecodeState, packed: jax.Array
 ) -> StepResult:
-    """The next token of each row; its last token comes from the state, where the new one is left."""
+    """The next token of each row; its last token comes from the state, where the new one is left.
+
+    is_plain: no row asks for more than a temperature.
+    """
     slots, inputs, state = unpack_decode(packed, state, context.shape)
     hidden, cache = forward(context.config, params, cache, inputs, context.backend)
-    state, output = _draw(context, params, state, hidden, slots, inputs.positions + 1)
+    state, output = _draw(context, params, state, hidden, slots, inputs.positions + 1, is_plain)
     return cache, state, output
 
 
@@ -65,6 +68,7 @@ def _draw(
     hidden: jax.Array,
     slots: jax.Array,
     positions: jax.Array,
+    is_plain: bool = False,
 ) -> tuple[DecodeState, StepOutput]:
     """Draws the tokens that follow hidden [B, D], to stand at `positions`, and leaves them in the state at `slots`."""
     inputs = SamplingInputs(
@@ -76,7 +80,8 @@ def _draw(
         rules=state.rules,
     )
     with jax.named_scope("sample"):
-        output = sample(logits(params, hidden), inputs, context.logits_processors)
+        scores = logits(params, hidden)
+        output = sample_plain(scores, inputs) if is_plain else sample(scores, inputs, context.logits_processors)
     tokens = output.token_ids
     recent = jnp.concatenate([inputs.recent_tokens[:, 1:], tokens[:, None]], axis=1)
     counts = state.rules.counts.at[slots, tokens].add(1, mode="drop")

@@ -52,6 +52,13 @@ def sample(
     )
 
 
+def sample_plain(logits: jax.Array, inputs: SamplingInputs) -> StepOutput:
+    """`sample` for a step in which no row asks for more than a temperature: the same, without branches."""
+    token_ids, is_finite = _draw_plain(logits, inputs)
+    nothing = _no_scores(logits.shape[0])
+    return StepOutput(token_ids, is_finite, nothing.logprobs, nothing.logprob_ids, nothing.ranks)
+
+
 def _uses_transforms(rows: RowParams) -> jax.Array:
     """Which rows [B] ask for more than a temperature."""
     is_cut = (rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)
@@ -61,10 +68,7 @@ def _uses_transforms(rows: RowParams) -> jax.Array:
 def _draw_plain(logits: jax.Array, inputs: SamplingInputs) -> tuple[jax.Array, jax.Array]:
     """(token ids [B], which rows are finite [B]) where no row asks for more than a temperature."""
     with jax.named_scope("draw"):
-        token_ids = draw(apply_temperature(logits, inputs), inputs)
-    # The maximum that was drawn is NaN or infinite where any logit is NaN or +inf, and where all are -inf.
-    drawn = jnp.take_along_axis(logits, token_ids[:, None], axis=-1)[:, 0]
-    return token_ids, jnp.isfinite(drawn)
+        return draw(apply_temperature(logits, inputs), inputs), _has_finite_maximum(logits)
 
 
 def _draw_transformed(
@@ -118,9 +122,17 @@ def _scores_where_asked(logits: jax.Array, token_ids: jax.Array, is_asked: jax.A
         )
 
     def zeros(logits: jax.Array) -> PromptScores:
-        return jax.tree.map(jnp.zeros_like, jax.eval_shape(score, logits))
+        return _no_scores(logits.shape[0])
 
     return jax.lax.cond(jnp.any(is_asked), score, zeros, logits)
+
+
+def _no_scores(num_rows: int) -> PromptScores:
+    return PromptScores(
+        logprobs=jnp.zeros((num_rows, 1 + MAX_LOGPROBS), jnp.float32),
+        logprob_ids=jnp.zeros((num_rows, 1 + MAX_LOGPROBS), jnp.int32),
+        ranks=jnp.zeros((num_rows,), jnp.int32),
+    )
 
 
 def _apply_processor(processor: LogitsProcessor, logits: jax.Array, inputs: SamplingInputs) -> jax.Array:

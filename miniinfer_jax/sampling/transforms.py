@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from miniinfer_jax.batch import TOKEN_BANNED, TOKEN_ENDS_SEQUENCE, TOKEN_IN_PROMPT, RowParams, SamplingInputs
+from miniinfer_jax.sampling.cutoff import lowest_kept
 
 LogitsProcessor = Callable[[jax.Array, SamplingInputs], jax.Array]
 
@@ -72,13 +73,10 @@ def apply_min_p(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
 
     Source: https://arxiv.org/abs/2407.01082.
     """
-    min_p = inputs.rows.min_p
-
-    def transform(logits: jax.Array) -> jax.Array:
-        lowest_kept = jnp.max(logits, axis=-1) + jnp.log(min_p)  # [B]
-        return jnp.where(logits < lowest_kept[:, None], -jnp.inf, logits)
-
-    return _in_rows_using((min_p > 0) & ~is_greedy(inputs.rows), transform, logits)
+    # No branch: finding the maximum takes no longer than the copy that a branch over the logits would make.
+    min_p = jnp.where(is_greedy(inputs.rows), 0.0, inputs.rows.min_p)
+    lowest = jnp.where(min_p > 0, jnp.max(logits, axis=-1) + jnp.log(min_p), -jnp.inf)  # [B]
+    return jnp.where(logits < lowest[:, None], -jnp.inf, logits)
 
 
 def apply_top_k_and_top_p(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
@@ -88,21 +86,14 @@ def apply_top_k_and_top_p(logits: jax.Array, inputs: SamplingInputs) -> jax.Arra
     one token stays. Source of top_p: https://arxiv.org/abs/1904.09751.
     """
     rows = inputs.rows
-    vocab_size = logits.shape[-1]
-    uses_top_k = (rows.top_k > 0) & (rows.top_k < vocab_size)
-    uses_top_p = rows.top_p < 1
-
-    def transform(logits: jax.Array) -> jax.Array:
-        descending = jnp.sort(logits, axis=-1, descending=True)  # [B, V]
-        num_kept = jnp.where(uses_top_k, rows.top_k, vocab_size)
-        lowest_by_k = jnp.take_along_axis(descending, num_kept[:, None] - 1, axis=-1)  # [B, 1]
-        probabilities = jax.nn.softmax(jnp.where(descending < lowest_by_k, -jnp.inf, descending), axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities  # what the likelier tokens have
-        lowest_by_p = jnp.min(jnp.where(before < rows.top_p[:, None], descending, jnp.inf), axis=-1, keepdims=True)
-        lowest_kept = jnp.where(uses_top_p[:, None], jnp.maximum(lowest_by_k, lowest_by_p), lowest_by_k)
-        return jnp.where(logits < lowest_kept, -jnp.inf, logits)
-
-    return _in_rows_using((uses_top_k | uses_top_p) & ~is_greedy(rows), transform, logits)
+    uses_either = ((rows.top_k > 0) & (rows.top_k < logits.shape[-1])) | (rows.top_p < 1)
+    uses_either &= ~is_greedy(rows)
+    top_k, top_p = jnp.where(uses_either, rows.top_k, 0), jnp.where(uses_either, rows.top_p, 1.0)
+    keep_all = jnp.full(top_k.shape, -jnp.inf, jnp.float32)
+    lowest = jax.lax.cond(
+        jnp.any(uses_either), lambda logits: lowest_kept(logits, top_k, top_p), lambda _: keep_all, logits
+    )
+    return jnp.where(logits < lowest[:, None], -jnp.inf, logits)
 
 
 def _in_rows_using(uses: jax.Array, transform: Callable[[jax.Array], jax.Array], logits: jax.Array) -> jax.Array:

@@ -1,5 +1,7 @@
 """A GPU kernel of one's own in Pallas (Mosaic GPU, Hopper), used as a logits processor: logits softly capped at 30."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -18,7 +20,7 @@ def soft_cap_reference(logits: jax.Array) -> jax.Array:
     return CAP * jnp.tanh(logits / CAP)
 
 
-def soft_cap_kernel(logits: jax.Array, interpret: object = None) -> jax.Array:
+def soft_cap_kernel(logits: jax.Array, interpret: Any = None) -> jax.Array:
     """The same by one block of a row a thread group: to shared memory, through the registers, and back."""
     num_rows, vocab_size = logits.shape
 
@@ -38,7 +40,7 @@ def soft_cap_kernel(logits: jax.Array, interpret: object = None) -> jax.Array:
         grid=(num_rows, vocab_size // COLUMNS),
         grid_names=("row", "column"),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        **({} if interpret is None else {"interpret": interpret}),
+        interpret=interpret,
     )(logits)
 
 

@@ -18,9 +18,9 @@ def soft_cap_reference(logits: jax.Array) -> jax.Array:
 def soft_cap_kernel(logits: jax.Array) -> jax.Array:
     """The same by one block of elements a Triton program; works on any NVIDIA GPU that Triton serves."""
     # Imported here: Triton is there with a GPU's extra alone.
-    import jax_triton
-    import triton
-    import triton.language as tl
+    import jax_triton  # pyright: ignore[reportMissingImports]
+    import triton  # pyright: ignore[reportMissingImports]
+    import triton.language as tl  # pyright: ignore[reportMissingImports]
 
     @triton.jit
     def body(logits_pointer, num_elements, capped_pointer, cap: tl.constexpr, block: tl.constexpr):

@@ -13,7 +13,7 @@ from miniinfer_jax.benchmark.shapes import SHAPES, write_shape
 from miniinfer_jax.benchmark.throughput import Workload
 from miniinfer_jax.cli.options import EngineOptions
 
-ENGINE = "--model tiny --max-num-seqs 2 --max-num-batched-tokens 16 --max-model-len 128 --num-pages 16 --json"
+ENGINE = "--model tiny --max-num-seqs 2 --max-num-batched-tokens 16 --max-model-len 128 --num-pages 16"
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +30,24 @@ def open_once():
 
 
 @pytest.fixture
-def bench(monkeypatch, capsys, open_once):
+def printed(monkeypatch, capsys, open_once):
+    """Runs `miniinfer bench` with these arguments; returns what it prints."""
     monkeypatch.setattr(EngineOptions, "open_llm", open_once)
 
-    def run(arguments: str) -> dict:
+    def run(arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", f"miniinfer bench {arguments} {ENGINE}".split())
         with pytest.raises(SystemExit) as ended:
             cli.main()
         captured = capsys.readouterr()
         assert not ended.value.code, captured.err
-        return json.loads(captured.out)
+        return captured.out
 
     return run
+
+
+@pytest.fixture
+def bench(printed):
+    return lambda arguments: json.loads(printed(f"{arguments} --json"))
 
 
 def test_throughput(bench):
@@ -50,6 +56,11 @@ def test_throughput(bench):
     assert figures["output_tokens_per_second"] == pytest.approx(figures["output_tokens"] / figures["seconds"])
     assert 0 < figures["roofline"]["share"] < 1
     assert figures["ceilings"]["bytes_per_second"] > 1e8
+    roofline = figures["roofline"]
+    assert roofline["num_bytes"] == roofline["prefill"]["num_bytes"] + roofline["decode"]["num_bytes"]
+    assert roofline["read_share"] == pytest.approx(
+        roofline["num_bytes"] / figures["seconds"] / figures["ceilings"]["bytes_per_second"]
+    )
 
 
 def test_latency(bench, monkeypatch):
@@ -61,6 +72,55 @@ def test_latency(bench, monkeypatch):
     assert 30 < one["mean_context"] < 50
     assert 0 < two["decode_roofline"]["share"] < 1
     assert two["decode_roofline"]["kv_bytes"] > 1.5 * one["decode_roofline"]["kv_bytes"]
+    shares = [one["decode_roofline"][name] for name in ("share", "read_share", "matmul_share")]
+    assert shares[0] == pytest.approx(max(shares[1:]))
+    memory = figures["memory"]
+    assert memory["weight_bytes"] == 4 * figures["num_params"]
+    assert memory["page_bytes"] == 2 * 16 * 16 * 2 * 2 * 16 * 4  # layers, pages, tokens, kv heads, k and v, size, f32
+    assert memory["peak_bytes"] is memory["workspace_bytes"] is None  # a CPU does not say
+    assert "profile" not in one
+
+
+LATENCY = "latency --batch-sizes 2 --input-len 30 --output-len 6"
+THROUGHPUT = "throughput --num-requests 6 --min-input 5 --max-input 20 --min-output 5 --max-output 9"
+
+
+def test_a_profile_of_decoding(bench):
+    (row,) = bench(f"{LATENCY} --profile")["latencies"]
+    profile = row["profile"]
+    assert profile["num_steps"] == 6
+    assert 0 < profile["busy_seconds_per_step"] <= profile["device_seconds_per_step"]
+    assert 0 <= profile["idle_share"] < 1 and 0 <= profile["idle_share_within_steps"] < 1
+    assert profile["wall_seconds_per_step"] == row["seconds_per_token"]
+    kernels = profile["kernels"]
+    times = [kernel["seconds_per_step"] for kernel in kernels]
+    assert times == sorted(times, reverse=True)
+    known = [kernel for kernel in kernels if kernel["ceiling_share"]]
+    # Every product with a weight is known: at least their bytes, and the head's table is one of them.
+    assert sum(kernel["operations"] for kernel in known) >= 2 * 2 * 512 * 64
+    assert any(kernel["stage"] == "sample/logits" for kernel in kernels)
+
+
+def test_a_profile_of_a_whole_run(bench):
+    figures = bench(f"{THROUGHPUT} --profile")
+    assert figures["profile"]["num_steps"] == max(1, figures["num_steps"] // 4)
+    assert figures["profile"]["busy_share_of_wall"] > 0
+
+
+def test_what_is_printed(printed, tmp_path):
+    plot = tmp_path / "latency.png"
+    out = printed(f"{LATENCY} --profile --plot {plot}")
+    for words in ("measured ceilings:", "least ms", "of read", "batch 2, a token", "peak unknown; weights 0.4 MB"):
+        assert words in out
+    assert "idle between steps" in out and "sample/logits" in out and " others " in out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_whole_run_prints(printed, tmp_path):
+    plot = tmp_path / "throughput.png"
+    out = printed(f"{THROUGHPUT} --plot {plot}")
+    assert "output tokens/s; roofline" in out and "whole run" in out and "profile:" not in out
+    assert plot.exists()
 
 
 def test_workload_is_drawn_from_its_seed():

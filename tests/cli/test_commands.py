@@ -124,6 +124,8 @@ def test_chat_remembers_and_forgets(miniinfer, monkeypatch):
         (("bench", "latency", "--batch-sizes", "1,a"), "1,a"),
         (("bench", "latency", "--input-len", "0"), "input_len is 0"),
         (("bench", "throughput", "--min-input", "9", "--max-input", "8"), "min_input is 9"),
+        (("bench", "throughput", "--plot", "roofline.pdf"), "must end in .png"),
+        (("bench", "latency", "--plot", "/absent/roofline.png"), "create it first"),
         (("info", "--model", "/absent"), "/absent"),
     ],
 )

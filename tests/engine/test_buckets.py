@@ -31,7 +31,7 @@ def test_the_smallest_bucket_that_holds_a_plan(config, data):
         fits = other.num_tokens >= num_tokens and other.num_rows >= num_rows
         assert not fits or (other.num_tokens, other.num_rows) >= (chosen.num_tokens, chosen.num_rows)
     if not config.deterministic:
-        assert buckets.for_rows(num_rows).num_rows >= num_rows
+        assert buckets.for_rows(num_rows, is_plain=False).num_rows >= num_rows
 
 
 def test_long_chunks_of_few_sequences_have_shapes_of_their_own():
@@ -39,3 +39,11 @@ def test_long_chunks_of_few_sequences_have_shapes_of_their_own():
     assert buckets.for_chunks(128, 1).num_rows == 16
     assert buckets.for_chunks(5000, 16).num_rows == 16
     assert buckets.for_chunks(300, 200).num_rows == 256
+
+
+def test_a_plain_step_has_a_shape_of_its_own_where_asked_for():
+    config = EngineConfig(max_num_seqs=4)
+    both, one = choose_buckets(config, has_plain=True), choose_buckets(config)
+    assert both.for_rows(3, is_plain=True).is_plain and not both.for_rows(3, is_plain=False).is_plain
+    assert not one.for_rows(3, is_plain=True).is_plain
+    assert both.for_rows(2, is_plain=True).num_rows == both.for_rows(2, is_plain=False).num_rows == 4

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from miniinfer_jax.batch import MAX_LOGPROBS, TOKEN_BANNED, TOKEN_ENDS_SEQUENCE, TOKEN_IN_PROMPT
-from miniinfer_jax.sampling import sample, score_tokens
+from miniinfer_jax.sampling import sample, sample_plain, score_tokens
 
 SAMPLE = jax.jit(sample, static_argnames="logits_processors")
 VOCAB = 101
@@ -191,3 +191,12 @@ def test_a_processor_that_yields_nan_ends_only_its_row(make_inputs):
 def test_a_processor_that_changes_shape_or_dtype_is_refused(make_inputs, spoil):
     with pytest.raises(ValueError, match="must keep shape and dtype"):
         SAMPLE(random_logits(2), make_inputs(2, VOCAB), logits_processors=(spoil,))
+
+
+def test_a_plain_step_draws_what_the_whole_chain_draws(make_inputs):
+    inputs = make_inputs(6, VOCAB, temperature=np.array([0.0, 0.5, 1.0, 0.0, 2.0, 0.7]), seed=np.arange(6))
+    logits = random_logits(6)
+    logits[3, 5], logits[4, 7], logits[5] = np.nan, np.inf, -np.inf
+    whole, plain = SAMPLE(logits, inputs), jax.jit(sample_plain)(logits, inputs)
+    assert np.asarray(plain.is_finite).tolist() == [True, True, True, False, False, False]
+    assert_same_bits(whole, plain)
