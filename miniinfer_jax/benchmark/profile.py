@@ -60,8 +60,11 @@ def profile_steps(
 
 
 def program_texts(llm: Any, num_rows: int | None) -> Iterable[str]:
-    """The compiled steps as HLO text: the one that decodes num_rows sequences, or all."""
+    """The compiled steps as HLO text: the one that decodes num_rows greedy sequences, or all."""
     runner = llm.engine._runner
     buckets = runner._buckets
-    chosen = [buckets.for_rows(num_rows)] if num_rows and buckets.decode else [*buckets.decode, *buckets.ragged]
+    if num_rows and buckets.decode:
+        chosen = [buckets.for_rows(num_rows, is_plain=True)]
+    else:
+        chosen = [*buckets.decode, *buckets.ragged]
     return [runner._programs[bucket].as_text() for bucket in chosen]
