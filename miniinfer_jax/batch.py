@@ -116,26 +116,29 @@ class DecodeState:
 
 @struct.dataclass
 class StepOutput:
-    """What a step gives back for each of its rows. Arrays of log-probabilities hold zeros where none were asked for.
+    """What a step gives back for each of its rows; `scores` only from programs that can be asked for them."""
 
-    Log-probabilities are the model's own (before any transform). Entry 0 of the top arrays is the drawn token.
-    """
-
-    token_ids: jax.Array  # [B] int32
-    is_finite: jax.Array  # [B] bool, False: the row's logits held NaN, and its token means nothing
-    logprobs: jax.Array  # [B, 1 + MAX_LOGPROBS] float32, the drawn token, then the likeliest in order
-    logprob_ids: jax.Array  # [B, 1 + MAX_LOGPROBS] int32
-    ranks: jax.Array  # [B] int32, rank of the drawn token, 1 is the likeliest
-    prompt_logprobs: "PromptScores | None" = None
+    token_ids: jax.Array  # [B] or longer, int32; -1: nothing could be drawn, the row's logits held NaN
+    scores: "TokenScores | None" = None  # [B], of the drawn tokens
+    prompt_scores: "TokenScores | None" = None  # [T], of the token that follows each token in its prompt
 
 
 @struct.dataclass
-class PromptScores:
-    """For every token of a ragged step: how likely the model found the token that follows it in its prompt."""
+class TokenScores:
+    """How likely the model itself, before any transform, found each of N tokens; zeros where nobody asked."""
 
-    logprobs: jax.Array  # [T, 1 + MAX_LOGPROBS] float32, the following token, then the likeliest in order
-    logprob_ids: jax.Array  # [T, 1 + MAX_LOGPROBS] int32
-    ranks: jax.Array  # [T] int32
+    logprobs: jax.Array  # [N, 1 + MAX_LOGPROBS] float32, the token's own, then the likeliest in order
+    logprob_ids: jax.Array  # [N, 1 + MAX_LOGPROBS] int32
+    ranks: jax.Array  # [N] int32, of the token itself, 1 is the likeliest
+
+
+def no_scores(num_tokens: int) -> TokenScores:
+    """The scores of tokens of which nobody asked."""
+    return TokenScores(
+        logprobs=jnp.zeros((num_tokens, 1 + MAX_LOGPROBS), jnp.float32),
+        logprob_ids=jnp.zeros((num_tokens, 1 + MAX_LOGPROBS), jnp.int32),
+        ranks=jnp.zeros((num_tokens,), jnp.int32),
+    )
 
 
 def unpack_rows(packed: jax.Array) -> RowParams:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from numbers import Integral, Real  # numpy's numbers are of these kinds too
 from typing import Any
 
@@ -167,6 +168,18 @@ class SamplingParams:
     def stop_strings(self) -> tuple[str, ...]:
         assert isinstance(self.stop, tuple)
         return self.stop
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether nothing but a temperature is asked for: tokens are drawn without transforms or scores."""
+        is_cut = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        return self.logprobs is None and not is_cut and not self.uses_token_rules
+
+    @cached_property
+    def uses_token_rules(self) -> bool:
+        """Whether anything is said about single tokens of the vocabulary."""
+        has_lists = bool(self.logit_bias or self.bad_words) or self.allowed_token_ids is not None
+        return self.uses_penalties or has_lists or self.min_tokens > 0
 
     @property
     def uses_penalties(self) -> bool:

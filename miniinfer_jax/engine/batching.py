@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from miniinfer_jax.batch import (
     FLOAT_FIELDS,
@@ -47,26 +48,7 @@ def row_params(sequence: Sequence) -> list[float | int]:
     floats = [getattr(params, name) for name in FLOAT_FIELDS]
     seed = np.uint32(sequence.seed).view(np.int32)
     first_end = min(sequence.prompt_len + params.min_tokens, MAX_INTEGER)
-    return [*floats, max(params.top_k, 0), int(seed), first_end, num_logprobs, int(needs_rules(sequence))]
-
-
-def needs_rules(sequence: Sequence) -> bool:
-    """Whether the request says anything about single tokens of the vocabulary."""
-    params = sequence.params
-    return bool(
-        params.uses_penalties
-        or params.logit_bias
-        or params.allowed_token_ids is not None
-        or params.bad_words
-        or params.min_tokens
-    )
-
-
-def is_plain(sequence: Sequence) -> bool:
-    """Whether the request asks for nothing but a temperature: its tokens are drawn without transforms or scores."""
-    params = sequence.params
-    is_cut = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
-    return params.logprobs is None and not is_cut and not needs_rules(sequence)
+    return [*floats, max(params.top_k, 0), int(seed), first_end, num_logprobs, int(params.uses_token_rules)]
 
 
 def recent_tokens(sequence: Sequence) -> list[int]:
@@ -112,7 +94,8 @@ def unpack_decode(
         page_table=page_table,
         stops_early=True,
     )
-    return slots, inputs, state
+    # Without it every layer would read `packed` itself, and a new array cost XLA an update of its whole CUDA graph.
+    return slots, lax.optimization_barrier(inputs), state
 
 
 def pack_ragged(plan: StepPlan, bucket: RaggedBucket, shape: CacheShape) -> np.ndarray:

@@ -206,17 +206,16 @@ class LLMEngine:
 
     def _collect(self, step: StepInFlight) -> list[RequestOutput]:
         """Takes the results of a step: tokens to their sequences, and what follows from them."""
-        token_ids, is_finite = step.token_ids(), step.is_finite()
-        samples = step.plan.samples
+        token_ids, samples = step.token_ids().tolist(), step.plan.samples
         live = [(row, sequence) for row, sequence in samples if not sequence.is_finished]
-        tokens = [int(token_ids[row]) if is_finite[row] else None for row, _ in samples]
+        tokens = [token_ids[row] if token_ids[row] >= 0 else None for row, _ in samples]
         self._take_prompt_logprobs(step)
         self._scheduler.update(step.plan, tokens)
 
         news: dict[Request, None] = {}
         for row, sequence in live:
             request, continuation = self._owners[sequence]
-            if is_finite[row]:
+            if token_ids[row] >= 0:
                 self._take_token(request, continuation, row, step)
             news[request] = None
         outputs = []
@@ -236,10 +235,10 @@ class LLMEngine:
             self._num_prompt_tokens += sequence.prompt_len
         num_top = sequence.params.logprobs
         if continuation.logprobs is not None and num_top is not None:
-            logprobs = np.asarray(step.output.logprobs)[row]
-            ids, rank = np.asarray(step.output.logprob_ids)[row], int(np.asarray(step.output.ranks)[row])
+            assert step.output.scores is not None
+            logprobs, ids, rank = (np.asarray(values)[row] for values in jax.tree.leaves(step.output.scores))
             continuation.cumulative_logprob += float(logprobs[0])
-            continuation.logprobs.append(position_logprobs(logprobs, ids, rank, num_top, self.tokenizer))
+            continuation.logprobs.append(position_logprobs(logprobs, ids, int(rank), num_top, self.tokenizer))
         if continuation.detokenizer is None:
             return
         token_id, num_tokens = sequence.output_token_ids[-1], len(sequence.output_token_ids)
@@ -264,10 +263,10 @@ class LLMEngine:
             query_start += chunk.length
 
     def _take_chunk_logprobs(self, request: Request, chunk: Chunk, query_start: int, step: StepInFlight) -> None:
-        scores = step.output.prompt_logprobs
+        scores = step.output.prompt_scores
         num_top = request.params.prompt_logprobs
         assert scores is not None and num_top is not None and request.prompt_logprobs is not None
-        logprobs, ids, ranks = (np.asarray(array) for array in (scores.logprobs, scores.logprob_ids, scores.ranks))
+        logprobs, ids, ranks = map(np.asarray, jax.tree.leaves(scores))
         # Token at position p scores the one at p + 1, so entry p + 1 of the list is the next to come.
         first = len(request.prompt_logprobs) - 1
         for position in range(

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -15,8 +16,8 @@ from tqdm import tqdm
 
 from miniinfer_jax import kv_cache
 from miniinfer_jax.batch import DecodeState, StepOutput, TokenRules, create_state
-from miniinfer_jax.engine.batching import NUM_COLUMNS, is_plain, needs_rules, pack_decode, pack_ragged
-from miniinfer_jax.engine.buckets import Buckets
+from miniinfer_jax.engine.batching import NUM_COLUMNS, pack_decode, pack_ragged
+from miniinfer_jax.engine.buckets import Buckets, DecodeBucket, RaggedBucket
 from miniinfer_jax.engine.steps import StepContext, decode_step, ragged_step
 from miniinfer_jax.engine.token_rules import RuleRows, rule_rows
 from miniinfer_jax.models.decoder import DecoderParams
@@ -33,12 +34,8 @@ class StepInFlight:
     output: StepOutput
 
     def token_ids(self) -> np.ndarray:
-        """[B]; waits for the step to end."""
+        """[B], -1 where nothing could be drawn; waits for the step to end."""
         return np.asarray(self.output.token_ids)
-
-    def is_finite(self) -> np.ndarray:
-        """[B]"""
-        return np.asarray(self.output.is_finite)
 
 
 def _set_rules(state: DecodeState, slot: jax.Array, rows: RuleRows) -> DecodeState:
@@ -58,23 +55,18 @@ class Runner:
         dtype = params.embedding.dtype.name
         self._cache = kv_cache.create(config, shape.num_pages, shape.page_size, dtype)
         self._state = create_state(shape.num_slots, shape.max_pages, config.vocab_size)
+        # The tokens of the last two decode steps, newest last; the older have been read, and give way to the next.
+        self._outboxes = deque(jnp.zeros((shape.num_slots + 1,), jnp.int32) for _ in range(2))
+        self._sent_decode: tuple[np.ndarray, jax.Array | None] = np.empty(0), None
         self._programs = self._compile_all(use_tqdm)
 
     def run(self, plan: StepPlan) -> StepInFlight:
         """Dispatches the step and returns at once; its arrays fill while the host goes on."""
         for chunk in plan.chunks:
-            if chunk.start == 0 and needs_rules(chunk.sequence):
+            if chunk.start == 0 and chunk.sequence.params.uses_token_rules:
                 self._send_rules(chunk.sequence)
-        shape = self._context.shape
-        if self._buckets.decode and plan.is_decode_only:
-            plan.chunks.sort(key=lambda chunk: chunk.start)  # rows of like length may share a tile of attention
-            bucket = self._buckets.for_rows(len(plan.chunks), all(is_plain(chunk.sequence) for chunk in plan.chunks))
-            packed = pack_decode(plan, bucket, shape)
-        else:
-            bucket = self._buckets.for_chunks(plan.num_tokens, len(plan.chunks))
-            packed = pack_ragged(plan, bucket, shape)
-        program = self._programs[bucket]
-        self._cache, self._state, output = program(self._params, self._cache, self._state, packed)
+        run = self._run_decode if self._buckets.decode and plan.is_decode_only else self._run_ragged
+        output = run(plan)
         for array in self._wanted(plan, output):
             array.copy_to_host_async()
         return StepInFlight(plan, output)
@@ -84,6 +76,32 @@ class Runner:
         owned = {"weights": self._params, "pages": self._cache, "state": self._state}
         return {name: sum(array.nbytes for array in jax.tree.leaves(tree)) for name, tree in owned.items()}
 
+    def _run_decode(self, plan: StepPlan) -> StepOutput:
+        plan.chunks.sort(key=lambda chunk: chunk.start)  # rows of like length may share a tile of attention
+        is_plain = all(chunk.sequence.params.is_plain for chunk in plan.chunks)
+        bucket = self._buckets.for_rows(len(plan.chunks), is_plain)
+        packed = self._send_decode(pack_decode(plan, bucket, self._context.shape))
+        output = self._call(bucket, packed, self._outboxes.popleft())
+        self._outboxes.append(output.token_ids)
+        return output
+
+    def _run_ragged(self, plan: StepPlan) -> StepOutput:
+        bucket = self._buckets.for_chunks(plan.num_tokens, len(plan.chunks))
+        return self._call(bucket, pack_ragged(plan, bucket, self._context.shape))
+
+    def _call(self, bucket: DecodeBucket | RaggedBucket, *arguments: Any) -> StepOutput:
+        step = self._programs[bucket]
+        self._cache, self._state, output = step(self._params, self._cache, self._state, *arguments)
+        return output
+
+    def _send_decode(self, packed: np.ndarray) -> jax.Array:
+        """The array on the device: that of the step before if it is the same, for XLA to replay its graph unchanged."""
+        before, sent = self._sent_decode
+        if sent is None or not np.array_equal(before, packed):
+            sent = jax.device_put(packed)
+            self._sent_decode = packed, sent
+        return sent
+
     def _send_rules(self, sequence: Sequence) -> None:
         rows = rule_rows(sequence, self._context.config.vocab_size)
         self._state = self._programs["set_rules"](self._state, np.int32(sequence.slot or 0), rows)
@@ -91,13 +109,13 @@ class Runner:
     @staticmethod
     def _wanted(plan: StepPlan, output: StepOutput) -> list[jax.Array]:
         """The result arrays that the host will read: only what some request of the plan asked for."""
-        wanted = [output.token_ids, output.is_finite]
+        wanted = [output.token_ids]
         sampling = [chunk.sequence.params for chunk in plan.chunks if chunk.samples]
         if any(params.logprobs is not None for params in sampling):
-            wanted += [output.logprobs, output.logprob_ids, output.ranks]
+            wanted += jax.tree.leaves(output.scores)
         prefills = [chunk.sequence.params for chunk in plan.chunks if not chunk.is_decode]
-        if output.prompt_logprobs is not None and any(params.prompt_logprobs is not None for params in prefills):
-            wanted += jax.tree.leaves(output.prompt_logprobs)
+        if any(params.prompt_logprobs is not None for params in prefills):
+            wanted += jax.tree.leaves(output.prompt_scores)
         return wanted
 
     def _compile_all(self, use_tqdm: bool) -> dict[Any, Callable[..., Any]]:
@@ -128,8 +146,9 @@ class Runner:
         params, cache, state = shapes(self._params), shapes(self._cache), shapes(self._state)
         jobs: dict[Any, Callable[[], jax.stages.Lowered]] = {}
         for bucket in self._buckets.decode:
-            step = jax.jit(partial(decode_step, context, bucket.is_plain), donate_argnums=(1, 2))
-            jobs[bucket] = partial(step.lower, params, cache, state, int32(2, bucket.num_rows))
+            step = jax.jit(partial(decode_step, context, bucket.is_plain), donate_argnums=(1, 2, 4))
+            packed, outbox = int32(2, bucket.num_rows), int32(context.shape.num_slots + 1)
+            jobs[bucket] = partial(step.lower, params, cache, state, packed, outbox)
         for bucket in self._buckets.ragged:
             step = jax.jit(partial(ragged_step, context, bucket), donate_argnums=(1, 2))
             length = bucket.num_tokens + bucket.num_rows * NUM_COLUMNS + bucket.num_new_pages * 3

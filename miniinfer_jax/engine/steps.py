@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from miniinfer_jax.batch import MAX_LOGPROBS, DecodeState, PromptScores, SamplingInputs, StepOutput
+from miniinfer_jax.batch import DecodeState, SamplingInputs, StepOutput, TokenScores, no_scores
 from miniinfer_jax.config import ModelConfig
 from miniinfer_jax.engine.batching import CacheShape, RaggedRows, unpack_decode, unpack_ragged
 from miniinfer_jax.engine.buckets import RaggedBucket
@@ -33,16 +33,24 @@ class StepContext:
 
 
 def decode_step(
-    context: StepContext, is_plain: bool, params: DecoderParams, cache: KVCache, state: DecodeState, packed: jax.Array
+    context: StepContext,
+    is_plain: bool,
+    params: DecoderParams,
+    cache: KVCache,
+    state: DecodeState,
+    packed: jax.Array,
+    outbox: jax.Array,
 ) -> StepResult:
     """The next token of each row; its last token comes from the state, where the new one is left.
 
-    is_plain: no row asks for more than a temperature.
+    is_plain: no row asks for more than a temperature. outbox: longer than B, donated; its first entries become the
+    tokens. XLA keeps temporaries in an output of its own making, and would have to update most of its CUDA graph when
+    the next step's output lies elsewhere; in an array that must keep its end it keeps none.
     """
     slots, inputs, state = unpack_decode(packed, state, context.shape)
     hidden, cache = forward(context.config, params, cache, inputs, context.backend)
     state, output = _draw(context, params, state, hidden, slots, inputs.positions + 1, is_plain)
-    return cache, state, output
+    return cache, state, replace(output, token_ids=outbox.at[: len(slots)].set(output.token_ids))
 
 
 def ragged_step(
@@ -58,7 +66,7 @@ def ragged_step(
     hidden, cache = forward(context.config, params, cache, inputs, context.backend)
     slots = jnp.where(rows.samples, rows.slots, context.shape.num_slots)
     state, output = _draw(context, params, state, hidden[rows.last_tokens], slots, inputs.context_lens)
-    return cache, state, replace(output, prompt_logprobs=_score_prompts(params, hidden, rows))
+    return cache, state, replace(output, prompt_scores=_score_prompts(params, hidden, rows))
 
 
 def _draw(
@@ -82,7 +90,7 @@ def _draw(
     with jax.named_scope("sample"):
         scores = logits(params, hidden)
         output = sample_plain(scores, inputs) if is_plain else sample(scores, inputs, context.logits_processors)
-    tokens = output.token_ids
+    tokens = jnp.maximum(output.token_ids, 0)
     recent = jnp.concatenate([inputs.recent_tokens[:, 1:], tokens[:, None]], axis=1)
     counts = state.rules.counts.at[slots, tokens].add(1, mode="drop")
     state = replace(
@@ -95,23 +103,16 @@ def _draw(
     return state, output
 
 
-def _score_prompts(params: DecoderParams, hidden: jax.Array, rows: RaggedRows) -> PromptScores:
+def _score_prompts(params: DecoderParams, hidden: jax.Array, rows: RaggedRows) -> TokenScores:
     """Log-probabilities of the tokens that follow each token of hidden [T, D]; zeros where no row asks for them."""
     num_tokens = hidden.shape[0]
 
-    def score(_: None) -> PromptScores:
-        def score_block(block: tuple[jax.Array, jax.Array]) -> PromptScores:
+    def score(_: None) -> TokenScores:
+        def score_block(block: tuple[jax.Array, jax.Array]) -> TokenScores:
             return score_tokens(logits(params, block[0]), block[1])
 
         blocks = (hidden.reshape(-1, SCORE_BLOCK, hidden.shape[1]), rows.next_ids.reshape(-1, SCORE_BLOCK))
         return jax.tree.map(lambda x: x.reshape(num_tokens, *x.shape[2:]), lax.map(score_block, blocks))
 
-    def skip(_: None) -> PromptScores:
-        return PromptScores(
-            logprobs=jnp.zeros((num_tokens, 1 + MAX_LOGPROBS), jnp.float32),
-            logprob_ids=jnp.zeros((num_tokens, 1 + MAX_LOGPROBS), jnp.int32),
-            ranks=jnp.zeros((num_tokens,), jnp.int32),
-        )
-
     with jax.named_scope("score_prompts"):
-        return lax.cond(jnp.any(rows.scores_prompt), score, skip, None)
+        return lax.cond(jnp.any(rows.scores_prompt), score, lambda _: no_scores(num_tokens), None)

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from miniinfer_jax.batch import MAX_LOGPROBS, PromptScores, RowParams, SamplingInputs, StepOutput
+from miniinfer_jax.batch import MAX_LOGPROBS, RowParams, SamplingInputs, StepOutput, TokenScores, no_scores
 from miniinfer_jax.sampling.draw import draw
 from miniinfer_jax.sampling.transforms import (
     LogitsProcessor,
@@ -27,36 +27,27 @@ def sample(
 ) -> StepOutput:
     """One token a row, drawn from the transformed logits, with log-probabilities of the logits [B, V] float32 as given.
 
-    A row is finite when its largest logit is, before the transforms and after the user's processors: NaN, +inf and
-    a row without any allowed token leave nothing to draw. Raises ValueError, while being traced, for a processor
-    that changes shape or dtype.
+    The token is -1 in a row whose largest logit is not finite, before the transforms or after the user's processors:
+    NaN, +inf and a row without any allowed token leave nothing to draw. Raises ValueError, while being traced, for a
+    processor that changes shape or dtype.
     """
     if logits_processors:
-        token_ids, is_finite = _draw_transformed(logits, inputs, logits_processors)
+        token_ids = _draw_transformed(logits, inputs, logits_processors)
     else:
         # One branch for all: each branch that hands on logits costs a copy of them, and a launch.
-        token_ids, is_finite = jax.lax.cond(
+        token_ids = jax.lax.cond(
             jnp.any(_uses_transforms(inputs.rows)),
             partial(_draw_transformed, inputs=inputs),
             partial(_draw_plain, inputs=inputs),
             logits,
         )
     with jax.named_scope("logprobs"):
-        scores = _scores_where_asked(logits, token_ids, inputs.rows.num_logprobs > 0)
-    return StepOutput(
-        token_ids=token_ids,
-        is_finite=is_finite,
-        logprobs=scores.logprobs,
-        logprob_ids=scores.logprob_ids,
-        ranks=scores.ranks,
-    )
+        return StepOutput(token_ids, _scores_where_asked(logits, token_ids, inputs.rows.num_logprobs > 0))
 
 
 def sample_plain(logits: jax.Array, inputs: SamplingInputs) -> StepOutput:
     """`sample` for a step in which no row asks for more than a temperature: the same, without branches."""
-    token_ids, is_finite = _draw_plain(logits, inputs)
-    nothing = _no_scores(logits.shape[0])
-    return StepOutput(token_ids, is_finite, nothing.logprobs, nothing.logprob_ids, nothing.ranks)
+    return StepOutput(_draw_plain(logits, inputs))
 
 
 def _uses_transforms(rows: RowParams) -> jax.Array:
@@ -65,16 +56,16 @@ def _uses_transforms(rows: RowParams) -> jax.Array:
     return (rows.has_rules != 0) | (is_cut & ~is_greedy(rows))
 
 
-def _draw_plain(logits: jax.Array, inputs: SamplingInputs) -> tuple[jax.Array, jax.Array]:
-    """(token ids [B], which rows are finite [B]) where no row asks for more than a temperature."""
+def _draw_plain(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
+    """Token ids [B] where no row asks for more than a temperature."""
     with jax.named_scope("draw"):
-        return draw(apply_temperature(logits, inputs), inputs), _has_finite_maximum(logits)
+        return draw(apply_temperature(logits, inputs), inputs)
 
 
 def _draw_transformed(
     logits: jax.Array, inputs: SamplingInputs, logits_processors: tuple[LogitsProcessor, ...] = ()
-) -> tuple[jax.Array, jax.Array]:
-    """(token ids [B], which rows are finite [B]) through the whole chain of transforms."""
+) -> jax.Array:
+    """Token ids [B] through the whole chain of transforms."""
     is_finite = _has_finite_maximum(logits)
     for transform in TRANSFORMS_BEFORE:
         with jax.named_scope(transform.__name__):
@@ -87,10 +78,10 @@ def _draw_transformed(
         with jax.named_scope(transform.__name__):
             logits = transform(logits, inputs)
     with jax.named_scope("draw"):
-        return draw(logits, inputs), is_finite
+        return jnp.where(is_finite, draw(logits, inputs), -1)
 
 
-def score_tokens(logits: jax.Array, next_ids: jax.Array) -> PromptScores:
+def score_tokens(logits: jax.Array, next_ids: jax.Array) -> TokenScores:
     """How likely logits [T, V] float32 make the tokens next_ids [T], and which tokens they make the likeliest.
 
     Rank 1 is the likeliest; equals share a rank. A vocabulary smaller than MAX_LOGPROBS leaves the last entries
@@ -103,36 +94,28 @@ def score_tokens(logits: jax.Array, next_ids: jax.Array) -> PromptScores:
     logprobs = jnp.concatenate([chosen, top], axis=-1) - log_total
     ids = jnp.concatenate([next_ids[:, None], top_ids], axis=-1).astype(jnp.int32)
     padding = ((0, 0), (0, MAX_LOGPROBS - num_top))
-    return PromptScores(
+    return TokenScores(
         logprobs=jnp.pad(logprobs, padding, constant_values=-jnp.inf),
         logprob_ids=jnp.pad(ids, padding, constant_values=-1),
         ranks=1 + jnp.sum(logits > chosen, axis=-1, dtype=jnp.int32),
     )
 
 
-def _scores_where_asked(logits: jax.Array, token_ids: jax.Array, is_asked: jax.Array) -> PromptScores:
+def _scores_where_asked(logits: jax.Array, token_ids: jax.Array, is_asked: jax.Array) -> TokenScores:
     """The scores of token_ids [B] in the rows that asked for them [B], zeros in the others."""
 
-    def score(logits: jax.Array) -> PromptScores:
+    def score(logits: jax.Array) -> TokenScores:
         scores = score_tokens(logits, token_ids)
-        return PromptScores(
+        return TokenScores(
             logprobs=jnp.where(is_asked[:, None], scores.logprobs, 0),
             logprob_ids=jnp.where(is_asked[:, None], scores.logprob_ids, 0),
             ranks=jnp.where(is_asked, scores.ranks, 0),
         )
 
-    def zeros(logits: jax.Array) -> PromptScores:
-        return _no_scores(logits.shape[0])
+    def zeros(logits: jax.Array) -> TokenScores:
+        return no_scores(logits.shape[0])
 
     return jax.lax.cond(jnp.any(is_asked), score, zeros, logits)
-
-
-def _no_scores(num_rows: int) -> PromptScores:
-    return PromptScores(
-        logprobs=jnp.zeros((num_rows, 1 + MAX_LOGPROBS), jnp.float32),
-        logprob_ids=jnp.zeros((num_rows, 1 + MAX_LOGPROBS), jnp.int32),
-        ranks=jnp.zeros((num_rows,), jnp.int32),
-    )
 
 
 def _apply_processor(processor: LogitsProcessor, logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
