@@ -15,6 +15,7 @@ _INSTRUCTION = re.compile(rf"\s+(?:ROOT )?%?([\w.\-]+) = ({_TUPLE}|\S+) ([\w\-]+
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
+_MOSAIC_CALL = re.compile(r'custom_call_target="mosaic_gpu')
 _LIBRARY_PRODUCT = re.compile(r'custom_call_target="[^"]*(?:gemm|matmul)[^"]*"')
 _CONTRACTED = re.compile(r'lhs_contracting_(?:dims=\{|dimensions":\[)([\d,"]*)')
 # What these leave out of an operand is never read: the operand's size is not what moves.
@@ -34,12 +35,14 @@ class Cost:
 class Instruction:
     """stage: the named scopes that it comes from, "" where none is told; cost: None where it cannot be told.
 
-    call_bytes: the size of each operand of a hand-written kernel's call, where it is one.
+    call_bytes: the size of each operand of a hand-written kernel's call, where it is one. kernel: the name of what a
+    GPU runs for it, where it follows from the text.
     """
 
     stage: str
     cost: Cost | None
     call_bytes: tuple[float | None, ...] = ()
+    kernel: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,18 @@ def _read_program(text: str) -> dict[tuple[str, str], Instruction]:
             cost = _product_cost(line, shapes, computations)
             operands = line.operands if line.opcode == "custom-call" else ()
             call_bytes = tuple(_num_bytes(shapes.get(operand, "")) for operand in operands)
-            instructions[module[1], name] = Instruction(stage, cost, call_bytes)
+            kernel = _kernel_name(name, line, op_name[1] if op_name else "")
+            instructions[module[1], name] = Instruction(stage, cost, call_bytes, kernel)
     return instructions
+
+
+def _kernel_name(name: str, line: _Line, op_name: str) -> str:
+    """XLA names the kernel of a fusion after it, Mosaic that of a call after the function that was traced."""
+    if line.opcode == "fusion":
+        return re.sub(r"[.\-]", "_", name)
+    if _MOSAIC_CALL.search(line.attributes) and "/" in op_name:
+        return f"{op_name.split('/')[-2]}_mosaic_gpu_kernel"
+    return ""
 
 
 def _read_computations(text: str) -> Computations:

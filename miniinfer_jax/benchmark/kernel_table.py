@@ -6,6 +6,7 @@ Plain functions over `KernelEvent`s. Times in the results are in seconds.
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from miniinfer_jax.benchmark.hlo_text import Cost, Instruction
@@ -54,10 +55,14 @@ def split_runs(events: list[KernelEvent]) -> list[list[KernelEvent]]:
     runs: list[list[KernelEvent]] = []
     for event in events:
         first = runs[-1][0] if runs else None
-        if first is None or (event.program != first.program) or (event.op, event.name) == (first.op, first.name):
+        if first is None or event.program != first.program or _place(event) == _place(first):
             runs.append([])
         runs[-1].append(event)
     return runs
+
+
+def _place(event: KernelEvent) -> tuple[Any, ...]:
+    return event.op, event.name, event.node
 
 
 def _busy_ns(events: list[KernelEvent]) -> float:
@@ -84,6 +89,7 @@ def kernel_rows(
     time taken) are None where they are not known: known are matrix products from the program, attention from
     `attention_cost` (a step) where one kernel is handed the pages (page_bytes: of a layer), and what the trace tells.
     """
+    events = _with_operations(events, instructions)
     groups = _groups(events, instructions, page_bytes)
     readers = [group for group in groups if group[2]]
     rows = []
@@ -111,6 +117,15 @@ def kernel_rows(
             }
         )
     return sorted(rows, key=lambda row: -row["seconds_per_step"])
+
+
+def _with_operations(events: list[KernelEvent], instructions: Instructions) -> list[KernelEvent]:
+    """The events, those of CUDA graphs with the instruction that their kernel's name tells, or none."""
+    operations = {(module, found.kernel): op for (module, op), found in instructions.items() if found.kernel}
+    return [
+        event if event.node is None else replace(event, op=operations.get((event.module, event.name), ""))
+        for event in events
+    ]
 
 
 def _groups(events: list[KernelEvent], instructions: Instructions, page_bytes: int) -> dict[Group, list[KernelEvent]]:

@@ -21,7 +21,8 @@ class KernelEvent:
     """One run of a kernel; times in nanoseconds of the trace's clock.
 
     op and module: the HLO instruction and program that it belongs to, "" for a copy outside of programs. run: which run
-    of the program, where the trace tells. self_ns: its time without that of events inside it (the body of a loop).
+    of the program, where the trace tells. node: which kernel of a CUDA graph, None outside of one; its op is then the
+    graph. self_ns: its time without that of events inside it (the body of a loop).
     """
 
     name: str
@@ -32,6 +33,7 @@ class KernelEvent:
     module: str = ""
     program: str = ""
     run: int | None = None
+    node: int | None = None
     num_bytes: float | None = None
     operations: float | None = None
 
@@ -87,6 +89,7 @@ def _kernel(raw: Any, stats: dict[str, Any]) -> KernelEvent:
         module=module,
         program=f"{module}({stats['program_id']})" if "program_id" in stats else module,
         run=stats.get("run_id"),
+        node=stats.get("cuda_graph_node_id"),
         num_bytes=stats.get("bytes_accessed"),
         operations=stats.get("flops"),
     )

@@ -184,12 +184,12 @@ def _attend(
     ]
     is_split = spec.num_splits > 1
 
-    def program(table: Any, lens: Any, flat_queries: Any, pages: Any, *rest: Any) -> None:
+    def attend_split(table: Any, lens: Any, flat_queries: Any, pages: Any, *rest: Any) -> None:
         outputs, scratch = (rest[:2], rest[2:]) if is_split else (rest[:1], rest[1:])
         _program(spec, table, lens, flat_queries, pages, outputs, _name_scratch(spec, scratch))
 
     outputs = plgpu.kernel(
-        program,
+        attend_split,
         out_type=unfinished if is_split else [finished],
         scratch_types=_scratch_types(spec),
         grid=(spec.batch, spec.num_splits, spec.num_kv_heads),  # the heads of a page are read at the same time
@@ -362,7 +362,9 @@ def _combine(spec: _Spec, finished: Any, partials: jax.Array, logs: jax.Array) -
     """The splits' results [B, K, splits, R, H] weighed by exp2 of their logarithms [B, K, splits, R] -> [B, N, H]."""
     layout = plgpu.Layout.WG_STRIDED((spec.padded_head_dim,), vec_size=spec.padded_head_dim // 128)
 
-    def program(partials: Any, logs: Any, output: Any, rows: Any, row_logs: Any, result: Any, barrier: Any) -> None:
+    def combine_splits(
+        partials: Any, logs: Any, output: Any, rows: Any, row_logs: Any, result: Any, barrier: Any
+    ) -> None:
         sequence, head = lax.axis_index("sequence"), lax.axis_index("head")
         kv_head, row = lax.div(head, spec.group), lax.rem(head, spec.group)
         plgpu.copy_gmem_to_smem(logs.at[sequence, kv_head], row_logs, barrier.at[0])
@@ -381,7 +383,7 @@ def _combine(spec: _Spec, finished: Any, partials: jax.Array, logs: jax.Array) -
         plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
-        program,
+        combine_splits,
         out_type=finished,
         scratch_types=[
             plgpu.SMEM((spec.padded_splits, spec.padded_head_dim), jnp.float32),

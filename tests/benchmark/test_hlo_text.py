@@ -54,7 +54,7 @@ metadata={op_name="jit(decode_step)/layer_3/jit(decoder_layer)/output/dot_genera
   %input_reduce_fusion.1 = f32[128]{0} fusion(%b, %row), kind=kInput, calls=%one_row, \
 metadata={op_name="jit(decode_step)/final_norm/reduce_sum"}
   ROOT %custom-call.2 = bf16[64,256]{1,0} custom-call(%a, %b), custom_call_target="mosaic_gpu_v2", \
-metadata={op_name="jit(decode_step)/layer_3/jit(decoder_layer)/attention/pallas_call"}
+metadata={op_name="jit(decode_step)/layer_3/jit(decoder_layer)/attention/jit(attend)/attend_split/mpmd_map"}
 }
 """
 
@@ -69,7 +69,9 @@ def test_products_of_a_gpu_program():
     assert (found["custom-call.2"].cost, found["custom-call.2"].call_bytes) == (None, (2 * 64 * 128, 2 * 128 * 256))
     assert found["fusion.1"].call_bytes == ()
     stages = [found[name].stage for name in ("custom-call.1", "fusion.1", "fusion.2", "custom-call.2")]
-    assert stages == ["qkv", "sample/logits", "", "attention"]
+    assert stages == ["qkv", "sample/logits", "", "attention/attend_split"]
+    kernels = [found[name].kernel for name in ("custom-call.1", "input_reduce_fusion.1", "custom-call.2")]
+    assert kernels == ["", "input_reduce_fusion_1", "attend_split_mosaic_gpu_kernel"]
 
 
 def test_products_of_a_program_compiled_here():

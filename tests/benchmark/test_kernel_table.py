@@ -82,6 +82,30 @@ def test_kernels_by_time(gpu_events):
     assert copy["count_per_step"] == pytest.approx(1 / 3)
 
 
+def test_kernels_of_a_graph_are_told_by_their_names():
+    """In a CUDA graph every kernel's operation is the graph; the same kernel may stand in it twice."""
+    names = ["loop_add_fusion_7", "attend_split_mosaic_gpu_kernel", "loop_add_fusion_7", "nvjet_hsh_64x8"]
+    stats = {"hlo_op": "command_buffer", "hlo_module": STEP, "program_id": 5}
+    steps = [
+        raw(name, 100 * step + 20 * node, 100 * step + 20 * node + 10, cuda_graph_node_id=node, **stats)
+        for step in range(2)
+        for node, name in enumerate(names)
+    ]
+    instructions = {
+        (STEP, "custom-call.2"): Instruction("attention", None, (PAGE_BYTES,), "attend_split_mosaic_gpu_kernel"),
+        (STEP, "loop_add_fusion.7"): Instruction("rope", Cost(5_000, 10), (), "loop_add_fusion_7"),
+    }
+    events = kernels_of_line(steps, is_gpu=True)
+    assert device_times(events, num_steps=2)["device_seconds_per_step"] == pytest.approx(100e-9)
+    rows = kernel_rows(events, 2, 100e-9, CEILINGS, instructions, Cost(8_000, 0), PAGE_BYTES)
+    found = {row["kernel"]: (row["stage"], row["count_per_step"], row["ceiling_share"]) for row in rows}
+    assert found == {
+        "loop_add_fusion": ("rope", 2, pytest.approx(5 / 10)),
+        "attend_split_mosaic_gpu_kernel": ("attention", 1, pytest.approx(8 / 10)),
+        "nvjet_hsh_64x8": ("", 1, None),
+    }
+
+
 @pytest.mark.parametrize(("last", "known"), [((512,), [30 / 40, None]), ((512, PAGE_BYTES), [None, None])])
 def test_attention_is_the_one_kernel_that_is_handed_the_pages(gpu_events, last, known):
     """The kernel that combines parts is not it; and of two that are, neither is guessed to be."""
