@@ -172,8 +172,9 @@ class SamplingParams:
     @cached_property
     def is_plain(self) -> bool:
         """Whether nothing but a temperature is asked for: tokens are drawn without transforms or scores."""
+        is_scored = self.logprobs is not None or self.prompt_logprobs is not None
         is_cut = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-        return self.logprobs is None and not is_cut and not self.uses_token_rules
+        return not is_scored and not is_cut and not self.uses_token_rules
 
     @cached_property
     def uses_token_rules(self) -> bool:

@@ -133,6 +133,11 @@ class StepPlan:
         return all(chunk.is_decode for chunk in self.chunks)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether nobody in it asks for more than a temperature."""
+        return all(chunk.sequence.params.is_plain for chunk in self.chunks)
+
+    @property
     def samples(self) -> list[tuple[int, Sequence]]:
         """(index among the chunks, sequence) of each chunk that draws a token."""
         return [(index, chunk.sequence) for index, chunk in enumerate(self.chunks) if chunk.samples]

@@ -15,19 +15,21 @@ DETERMINISTIC_TOKENS = 64
 
 @dataclass(frozen=True)
 class RaggedBucket:
-    """A step over `num_tokens` tokens of at most `num_rows` sequences, which receive at most `num_new_pages` pages."""
+    """A step over `num_tokens` tokens of at most `num_rows` sequences, which receive at most `num_new_pages` pages.
+
+    is_plain: no sequence asks for more than a temperature (`SamplingParams.is_plain`), so the step has no branches, and
+    a GPU replays it as one graph; at a branch the host would wait for the device.
+    """
 
     num_tokens: int
     num_rows: int
     num_new_pages: int
+    is_plain: bool = False
 
 
 @dataclass(frozen=True)
 class DecodeBucket:
-    """A step over one token of each of `num_rows` sequences.
-
-    is_plain: no row asks for more than a temperature, so the step has no branches and a GPU replays it as one graph.
-    """
+    """A step over one token of each of `num_rows` sequences; is_plain as in `RaggedBucket`."""
 
     num_rows: int
     is_plain: bool = False
@@ -35,14 +37,19 @@ class DecodeBucket:
 
 @dataclass(frozen=True)
 class Buckets:
-    """Every shape of one engine, smallest first: tokens, then rows; no decode buckets in deterministic mode."""
+    """Every shape of one engine; no decode buckets in deterministic mode."""
 
     ragged: tuple[RaggedBucket, ...]
     decode: tuple[DecodeBucket, ...]
 
-    def for_chunks(self, num_tokens: int, num_rows: int) -> RaggedBucket:
-        """The smallest ragged bucket that holds num_tokens of num_rows sequences."""
-        return next(bucket for bucket in self.ragged if bucket.num_tokens >= num_tokens and bucket.num_rows >= num_rows)
+    def for_chunks(self, num_tokens: int, num_rows: int, is_plain: bool) -> RaggedBucket:
+        """The smallest ragged bucket that holds num_tokens of num_rows sequences, a plain one if it will do."""
+        fitting = [
+            bucket
+            for bucket in self.ragged
+            if bucket.num_tokens >= num_tokens and bucket.num_rows >= num_rows and (is_plain or not bucket.is_plain)
+        ]
+        return min(fitting, key=lambda bucket: (bucket.num_tokens, bucket.num_rows, not bucket.is_plain))
 
     def for_rows(self, num_rows: int, is_plain: bool) -> DecodeBucket:
         """The smallest decode bucket that holds num_rows, a plain one if there is one and it will do."""
@@ -63,23 +70,29 @@ def token_budget(config: EngineConfig) -> int:
 
 def choose_buckets(config: EngineConfig, *, has_plain: bool = False) -> Buckets:
     """Ragged steps of 16, 64, 256, 1024, 2048, ... tokens up to the budget, of many and of few sequences; decode steps
-    of 1, 4, 16, 32, ... max_num_seqs rows, with has_plain in both kinds."""
+    of 1, 4, 16, 32, ... max_num_seqs rows.
 
-    def ragged(num_tokens: int, max_rows: int = config.max_num_seqs) -> RaggedBucket:
+    has_plain: these are plain, and the steps that are not come in fewer shapes, so that a start compiles little more.
+    """
+
+    def ragged(num_tokens: int, max_rows: int = config.max_num_seqs, is_plain: bool = has_plain) -> RaggedBucket:
         num_rows = min(max_rows, num_tokens)
         # A chunk of n tokens begins at most n // page_size + 1 pages.
-        return RaggedBucket(num_tokens, num_rows, num_tokens // config.page_size + num_rows)
+        return RaggedBucket(num_tokens, num_rows, num_tokens // config.page_size + num_rows, is_plain)
 
     if config.deterministic:
-        return Buckets(ragged=(ragged(DETERMINISTIC_TOKENS),), decode=())
+        return Buckets(ragged=(ragged(DETERMINISTIC_TOKENS, is_plain=False),), decode=())
     largest = -(-config.max_num_batched_tokens // SMALLEST_PREFILL) * SMALLEST_PREFILL
     medium = min(largest, MEDIUM_PREFILL)
     tokens = [*_powers(SMALLEST_PREFILL, medium, factor=4), *_powers(medium, largest, factor=2), largest]
     widths = (FEW_ROWS, config.max_num_seqs) if config.max_num_seqs >= 8 * FEW_ROWS else (config.max_num_seqs,)
-    shapes = dict.fromkeys(ragged(size, width) for size in tokens for width in widths)
+    shapes = [ragged(size, width) for size in tokens for width in widths]
     rows = [size for size in _powers(1, config.max_num_seqs, factor=2) if size not in (2, 8)] + [config.max_num_seqs]
-    decode = tuple(DecodeBucket(size, kind) for size in rows for kind in ((False, True) if has_plain else (False,)))
-    return Buckets(tuple(shapes), decode)
+    decode = [DecodeBucket(size, has_plain) for size in rows]
+    if has_plain:
+        shapes += [ragged(size, is_plain=False) for size in tokens]
+        decode += [DecodeBucket(size) for size in rows[::-1][::2]]
+    return Buckets(tuple(dict.fromkeys(shapes)), tuple(decode))
 
 
 def _powers(first: int, limit: int, factor: int) -> list[int]:

@@ -74,7 +74,7 @@ class LLMEngine:
             engine_config.attention_backend, model_config, params.embedding.dtype.name, page_size, jax.devices()[0]
         )
         context = StepContext(model_config, shape, backend, logits_processors)
-        # On a GPU a branch costs the host a millisecond a step; on a CPU nothing, and fewer programs start sooner.
+        # On a GPU the host waits at a branch; on a CPU it costs nothing, and fewer programs start sooner.
         has_plain = jax.default_backend() == "gpu" and not logits_processors
         buckets = choose_buckets(engine_config, has_plain=has_plain)
         self._runner = Runner(context, params, buckets, use_tqdm=use_tqdm)

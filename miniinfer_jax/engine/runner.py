@@ -78,15 +78,14 @@ class Runner:
 
     def _run_decode(self, plan: StepPlan) -> StepOutput:
         plan.chunks.sort(key=lambda chunk: chunk.start)  # rows of like length may share a tile of attention
-        is_plain = all(chunk.sequence.params.is_plain for chunk in plan.chunks)
-        bucket = self._buckets.for_rows(len(plan.chunks), is_plain)
+        bucket = self._buckets.for_rows(len(plan.chunks), plan.is_plain)
         packed = self._send_decode(pack_decode(plan, bucket, self._context.shape))
         output = self._call(bucket, packed, self._outboxes.popleft())
         self._outboxes.append(output.token_ids)
         return output
 
     def _run_ragged(self, plan: StepPlan) -> StepOutput:
-        bucket = self._buckets.for_chunks(plan.num_tokens, len(plan.chunks))
+        bucket = self._buckets.for_chunks(plan.num_tokens, len(plan.chunks), plan.is_plain)
         return self._call(bucket, pack_ragged(plan, bucket, self._context.shape))
 
     def _call(self, bucket: DecodeBucket | RaggedBucket, *arguments: Any) -> StepOutput:

@@ -43,7 +43,7 @@ def decode_step(
 ) -> StepResult:
     """The next token of each row; its last token comes from the state, where the new one is left.
 
-    is_plain: no row asks for more than a temperature. outbox: longer than B, donated; its first entries become the
+    outbox: longer than B, donated; its first entries become the
     tokens. XLA keeps temporaries in an output of its own making, and would have to update most of its CUDA graph when
     the next step's output lies elsewhere; in an array that must keep its end it keeps none.
     """
@@ -65,8 +65,11 @@ def ragged_step(
     rows, inputs, state = unpack_ragged(packed, bucket, state, context.shape)
     hidden, cache = forward(context.config, params, cache, inputs, context.backend)
     slots = jnp.where(rows.samples, rows.slots, context.shape.num_slots)
-    state, output = _draw(context, params, state, hidden[rows.last_tokens], slots, inputs.context_lens)
-    return cache, state, replace(output, prompt_scores=_score_prompts(params, hidden, rows))
+    last_hidden = hidden[rows.last_tokens]
+    state, output = _draw(context, params, state, last_hidden, slots, inputs.context_lens, bucket.is_plain)
+    if not bucket.is_plain:
+        output = replace(output, prompt_scores=_score_prompts(params, hidden, rows))
+    return cache, state, output
 
 
 def _draw(
@@ -76,7 +79,7 @@ def _draw(
     hidden: jax.Array,
     slots: jax.Array,
     positions: jax.Array,
-    is_plain: bool = False,
+    is_plain: bool,
 ) -> tuple[DecodeState, StepOutput]:
     """Draws the tokens that follow hidden [B, D], to stand at `positions`, and leaves them in the state at `slots`."""
     inputs = SamplingInputs(
