@@ -34,6 +34,10 @@ class DecodeBucket:
     num_rows: int
     is_plain: bool = False
 
+    @property
+    def num_tokens(self) -> int:
+        return self.num_rows
+
 
 @dataclass(frozen=True)
 class Buckets:

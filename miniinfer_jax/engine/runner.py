@@ -120,13 +120,18 @@ class Runner:
     def _compile_all(self, use_tqdm: bool) -> dict[Any, Callable[..., Any]]:
         """Every program of the engine, compiled in threads: XLA lets go of Python's lock."""
         jobs = self._lowerings()
+        # Steps over as many tokens hold the same matrix products. First one of each size: XLA times the kernels for its
+        # products, and finds its choice again in the others.
+        leading = {key if isinstance(key, str) else key.num_tokens: key for key in reversed(jobs)}.values()
         programs: dict[Any, Callable[..., Any]] = {}
+        progress = tqdm(total=len(jobs), desc="Compiling", disable=not use_tqdm)
         executor = ThreadPoolExecutor(max_workers=os.cpu_count())
         try:
-            futures = {executor.submit(lambda lower: lower().compile(), job): key for key, job in jobs.items()}
-            progress = tqdm(as_completed(futures), total=len(jobs), desc="Compiling", disable=not use_tqdm)
-            for future in progress:
-                programs[futures[future]] = future.result()
+            for keys in (leading, [key for key in jobs if key not in leading]):
+                futures = {executor.submit(lambda lower: lower().compile(), jobs[key]): key for key in keys}
+                for future in as_completed(futures):
+                    programs[futures[future]] = future.result()
+                    progress.update()
         finally:
             # On Ctrl-C: nothing new is begun, and what is being written to the compile cache gets written whole.
             executor.shutdown(wait=True, cancel_futures=True)
