@@ -2,7 +2,6 @@
 
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ def profile_steps(
     if not events or not num_dispatched:
         raise ValueError(f"the trace of {num_dispatched} steps holds {len(events)} kernels; profile more requests")
     times = device_times(events, num_dispatched)
-    instructions = read_programs(program_texts(llm, num_rows))
+    instructions = read_programs(llm.engine.program_texts(num_rows))
     page_bytes = llm.engine.device_arrays_bytes()["pages"] // llm.model_config.num_layers
     step_seconds = times["device_seconds_per_step"] or times["busy_seconds_per_step"]
     return {
@@ -57,14 +56,3 @@ def profile_steps(
             events, num_dispatched, step_seconds, ceilings, instructions, attention_cost, page_bytes
         ),
     }
-
-
-def program_texts(llm: Any, num_rows: int | None) -> Iterable[str]:
-    """The compiled steps as HLO text: the one that decodes num_rows greedy sequences, or all."""
-    runner = llm.engine._runner
-    buckets = runner._buckets
-    if num_rows and buckets.decode:
-        chosen = [buckets.for_rows(num_rows, is_plain=True)]
-    else:
-        chosen = [*buckets.decode, *buckets.ragged]
-    return [runner._programs[bucket].as_text() for bucket in chosen]

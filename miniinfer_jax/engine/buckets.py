@@ -72,31 +72,35 @@ def token_budget(config: EngineConfig) -> int:
     )
 
 
-def choose_buckets(config: EngineConfig, *, has_plain: bool = False) -> Buckets:
+def choose_buckets(config: EngineConfig, *, with_plain: bool = False) -> Buckets:
     """Ragged steps of 16, 64, 256, 1024, 2048, ... tokens up to the budget, of many and of few sequences; decode steps
     of 1, 4, 16, 32, ... max_num_seqs rows.
 
-    has_plain: these are plain, and the steps that are not come in fewer shapes, so that a start compiles little more.
+    with_plain: plain steps beside them, and of more sizes; the others come in fewer, so that a start compiles little
+    more.
     """
-
-    def ragged(num_tokens: int, max_rows: int = config.max_num_seqs, is_plain: bool = has_plain) -> RaggedBucket:
-        num_rows = min(max_rows, num_tokens)
-        # A chunk of n tokens begins at most n // page_size + 1 pages.
-        return RaggedBucket(num_tokens, num_rows, num_tokens // config.page_size + num_rows, is_plain)
-
     if config.deterministic:
-        return Buckets(ragged=(ragged(DETERMINISTIC_TOKENS, is_plain=False),), decode=())
+        return Buckets(ragged=(_ragged(config, DETERMINISTIC_TOKENS, config.max_num_seqs),), decode=())
     largest = -(-config.max_num_batched_tokens // SMALLEST_PREFILL) * SMALLEST_PREFILL
     medium = min(largest, MEDIUM_PREFILL)
     tokens = [*_powers(SMALLEST_PREFILL, medium, factor=4), *_powers(medium, largest, factor=2), largest]
-    widths = (FEW_ROWS, config.max_num_seqs) if config.max_num_seqs >= 8 * FEW_ROWS else (config.max_num_seqs,)
-    shapes = [ragged(size, width) for size in tokens for width in widths]
     rows = [size for size in _powers(1, config.max_num_seqs, factor=2) if size not in (2, 8)] + [config.max_num_seqs]
-    decode = [DecodeBucket(size, has_plain) for size in rows]
-    if has_plain:
-        shapes += [ragged(size, is_plain=False) for size in tokens]
+    shapes = [_ragged(config, size, config.max_num_seqs) for size in tokens]
+    if with_plain:
+        tokens = sorted({*tokens, *_powers(4 * SMALLEST_PREFILL, medium, factor=2)})
+        shapes += [_ragged(config, size, config.max_num_seqs, is_plain=True) for size in tokens]
+    if config.max_num_seqs >= 8 * FEW_ROWS:
+        shapes += [_ragged(config, size, FEW_ROWS, is_plain=with_plain) for size in tokens]
+    decode = [DecodeBucket(size, is_plain=with_plain) for size in rows]
+    if with_plain:
         decode += [DecodeBucket(size) for size in rows[::-1][::2]]
     return Buckets(tuple(dict.fromkeys(shapes)), tuple(decode))
+
+
+def _ragged(config: EngineConfig, num_tokens: int, max_rows: int, *, is_plain: bool = False) -> RaggedBucket:
+    num_rows = min(max_rows, num_tokens)
+    # A chunk of n tokens begins at most n // page_size + 1 pages.
+    return RaggedBucket(num_tokens, num_rows, num_tokens // config.page_size + num_rows, is_plain)
 
 
 def _powers(first: int, limit: int, factor: int) -> list[int]:

@@ -75,8 +75,8 @@ class LLMEngine:
         )
         context = StepContext(model_config, shape, backend, logits_processors)
         # On a GPU the host waits at a branch; on a CPU it costs nothing, and fewer programs start sooner.
-        has_plain = jax.default_backend() == "gpu" and not logits_processors
-        buckets = choose_buckets(engine_config, has_plain=has_plain)
+        with_plain = jax.default_backend() == "gpu" and not logits_processors
+        buckets = choose_buckets(engine_config, with_plain=with_plain)
         self._runner = Runner(context, params, buckets, use_tqdm=use_tqdm)
         self._scheduler = Scheduler(
             PageAllocator(engine_config.num_pages),
@@ -182,6 +182,10 @@ class LLMEngine:
     def device_arrays_bytes(self) -> dict[str, int]:
         """Bytes on the device of the "weights", of the "pages" and of the slots' "state"."""
         return self._runner.device_arrays_bytes()
+
+    def program_texts(self, num_rows: int | None = None) -> list[str]:
+        """The compiled steps as HLO text: the one that decodes num_rows sequences of plain requests, or all."""
+        return self._runner.program_texts(num_rows)
 
     def _make_sequence(self, index: int, prompt_token_ids: list[int], params: SamplingParams) -> Sequence:
         # Without a seed of its own a request gets one from its number: the same run draws the same tokens.

@@ -76,6 +76,13 @@ class Runner:
         owned = {"weights": self._params, "pages": self._cache, "state": self._state}
         return {name: sum(array.nbytes for array in jax.tree.leaves(tree)) for name, tree in owned.items()}
 
+    def program_texts(self, num_rows: int | None) -> list[str]:
+        """The compiled steps as HLO text: the one that decodes num_rows sequences of plain requests, or all."""
+        buckets = self._buckets
+        has_own = num_rows is not None and buckets.decode
+        chosen = [buckets.for_rows(num_rows, is_plain=True)] if has_own else [*buckets.decode, *buckets.ragged]
+        return [self._programs[bucket].as_text() for bucket in chosen]
+
     def _run_decode(self, plan: StepPlan) -> StepOutput:
         plan.chunks.sort(key=lambda chunk: chunk.start)  # rows of like length may share a tile of attention
         bucket = self._buckets.for_rows(len(plan.chunks), plan.is_plain)
@@ -117,13 +124,13 @@ class Runner:
             wanted += jax.tree.leaves(output.prompt_scores)
         return wanted
 
-    def _compile_all(self, use_tqdm: bool) -> dict[Any, Callable[..., Any]]:
+    def _compile_all(self, use_tqdm: bool) -> dict[Any, jax.stages.Compiled]:
         """Every program of the engine, compiled in threads: XLA lets go of Python's lock."""
         jobs = self._lowerings()
         # Steps over as many tokens hold the same matrix products. First one of each size: XLA times the kernels for its
         # products, and finds its choice again in the others.
         leading = {key if isinstance(key, str) else key.num_tokens: key for key in reversed(jobs)}.values()
-        programs: dict[Any, Callable[..., Any]] = {}
+        programs: dict[Any, jax.stages.Compiled] = {}
         progress = tqdm(total=len(jobs), desc="Compiling", disable=not use_tqdm)
         executor = ThreadPoolExecutor(max_workers=os.cpu_count())
         try:

@@ -16,8 +16,8 @@ CONFIGS = st.builds(
 
 
 @given(CONFIGS, st.booleans(), st.booleans(), st.data())
-def test_the_smallest_bucket_that_holds_a_plan(config, has_plain, is_plain, data):
-    buckets = choose_buckets(config, has_plain=has_plain)
+def test_the_smallest_bucket_that_holds_a_plan(config, with_plain, is_plain, data):
+    buckets = choose_buckets(config, with_plain=with_plain)
     num_tokens = data.draw(
         st.integers(
             1, min(64, config.max_num_batched_tokens) if config.deterministic else config.max_num_batched_tokens
@@ -44,7 +44,7 @@ def test_long_chunks_of_few_sequences_have_shapes_of_their_own():
 
 def test_plain_steps_have_shapes_of_their_own_where_asked_for():
     config = EngineConfig(max_num_seqs=4)
-    both, one = choose_buckets(config, has_plain=True), choose_buckets(config)
+    both, one = choose_buckets(config, with_plain=True), choose_buckets(config)
     assert both.for_rows(3, is_plain=True).is_plain and both.for_chunks(30, 3, is_plain=True).is_plain
     assert both.for_rows(2, is_plain=True).num_rows == both.for_rows(2, is_plain=False).num_rows == 4
     assert not any(bucket.is_plain for bucket in (*one.ragged, *one.decode))
