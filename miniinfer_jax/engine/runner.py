@@ -78,10 +78,10 @@ class Runner:
 
     def program_texts(self, num_rows: int | None) -> list[str]:
         """The compiled steps as HLO text: the one that decodes num_rows sequences of plain requests, or all."""
-        buckets = self._buckets
-        has_own = num_rows is not None and buckets.decode
-        chosen = [buckets.for_rows(num_rows, is_plain=True)] if has_own else [*buckets.decode, *buckets.ragged]
-        return [self._programs[bucket].as_text() for bucket in chosen]
+        chosen = [*self._buckets.decode, *self._buckets.ragged]
+        if num_rows is not None and self._buckets.decode:
+            chosen = [self._buckets.for_rows(num_rows, is_plain=True)]
+        return [self._programs[bucket].as_text() or "" for bucket in chosen]
 
     def _run_decode(self, plan: StepPlan) -> StepOutput:
         plan.chunks.sort(key=lambda chunk: chunk.start)  # rows of like length may share a tile of attention
