@@ -1,6 +1,6 @@
 """The least likely token that top-k and top-p keep, without a sort, on any device.
 
-Letters: B rows, V vocabulary.
+Letters: B rows, V vocabulary, N blocks of the vocabulary.
 """
 
 import functools
@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-DIGIT_BITS = 2  # of a value that one pass over the logits settles
+DIGIT_BITS = 3  # of a value that one pass over the logits settles; the first pass settles what is left over of 32
+BLOCK = 1024  # neighbouring tokens
 SIGN = np.uint32(1 << 31)
 KEY_OF_MINUS_INF = np.uint32(0x007FFFFF)
 
@@ -47,26 +48,33 @@ def _lowest_below(keys: jax.Array, weights: jax.Array, targets: jax.Array) -> ja
 
     It is the highest key that has, with itself, at least the target: digit by digit, from the first on.
     """
+    keys, weights = _in_blocks(keys), _in_blocks(weights)  # [B, N, BLOCK]; padding weighs nothing
     num_passes = 32 // DIGIT_BITS
 
-    def settle_digit(index: jax.Array, lowest: jax.Array) -> jax.Array:
-        shift = jnp.uint32(32 - DIGIT_BITS) - jnp.uint32(DIGIT_BITS) * jnp.uint32(index)
+    def settle_digit(index: jax.Array | int, lowest: jax.Array, largest: int = 2**DIGIT_BITS - 1) -> jax.Array:
+        shift = jnp.uint32(DIGIT_BITS) * jnp.uint32(num_passes - index)
+        candidates = lowest + (jnp.arange(1, largest + 1, dtype=jnp.uint32) << shift)[:, None]  # [digits, B]
+        # Each sum in two steps, the second for all digits together: a GPU would take a kernel for each.
+        parts = [jnp.sum(jnp.where(keys >= key[:, None, None], weights, 0.0), axis=-1) for key in candidates]
+        is_reached = jnp.sum(jnp.stack(parts), axis=-1) >= targets  # [digits, B]
+        return lowest + (jnp.sum(is_reached, axis=0, dtype=jnp.uint32) << shift)
 
-        def is_reached(digit: int) -> jax.Array:
-            key = lowest + (jnp.uint32(digit) << shift)  # [B]
-            return jnp.sum(jnp.where(keys >= key[:, None], weights, 0.0), axis=-1) >= targets
+    def settle_rest(lowest: jax.Array, unroll: bool) -> jax.Array:
+        return jax.lax.fori_loop(1, num_passes + 1, settle_digit, lowest, unroll=unroll)
 
-        return lowest + (sum(is_reached(digit).astype(jnp.uint32) for digit in range(1, 1 << DIGIT_BITS)) << shift)
-
-    def settle_all(lowest: jax.Array, unroll: bool) -> jax.Array:
-        return jax.lax.fori_loop(0, num_passes, settle_digit, lowest, unroll=unroll)
-
+    first = settle_digit(0, jnp.zeros(targets.shape, jnp.uint32), largest=2 ** (32 % DIGIT_BITS) - 1)
     # On a GPU, the host would be asked whether a loop goes on; on a CPU, a loop compiles faster.
     return jax.lax.platform_dependent(
-        jnp.zeros(targets.shape, jnp.uint32),
-        cpu=functools.partial(settle_all, unroll=False),
-        default=functools.partial(settle_all, unroll=True),
+        first,
+        cpu=functools.partial(settle_rest, unroll=False),
+        default=functools.partial(settle_rest, unroll=True),
     )
+
+
+def _in_blocks(values: jax.Array) -> jax.Array:
+    """[B, V] -> [B, N, BLOCK], padded with zeros."""
+    batch_size, vocab_size = values.shape
+    return jnp.pad(values, ((0, 0), (0, -vocab_size % BLOCK))).reshape(batch_size, -1, BLOCK)
 
 
 def _to_keys(logits: jax.Array) -> jax.Array:
