@@ -1,0 +1,393 @@
+"""Flash attention for ragged chunks of prompts over a paged cache, for Hopper GPUs (Pallas, Mosaic GPU).
+
+Letters: T tokens, R chunks, N query heads, K kv heads, G = N / K, H head dim, P pages, S page size; C consumers,
+B keys a block, W tiles (prefill_tiles; the copying warpgroup is in prefill_copies).
+
+A program of C + 1 warpgroups stays on its multiprocessor and takes tile after tile: one warpgroup copies queries and
+pages, C multiply 64 rows each. Softmax block by block (https://arxiv.org/abs/1805.02867); the scores of a block are
+multiplied, and its softmax computed, beside the values of the block before (FlashAttention-3,
+https://arxiv.org/abs/2407.08608), over the border between two tiles as well.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from miniinfer_jax.pallas_kernels import mosaic
+from miniinfer_jax.pallas_kernels import prefill_tiles as tiles
+from miniinfer_jax.pallas_kernels.prefill_copies import (
+    ROWS,
+    Item,
+    Refs,
+    for_each_item,
+    make_scratch,
+    num_programs,
+    produce,
+)
+from miniinfer_jax.pallas_kernels.prefill_tiles import OCTET, OCTETS, Spec, Tile, Tiling, div, rem
+
+UNSEEN = -1e30  # finite: the running maximum of a row that has seen nothing
+HEAD_DIMS = (64, 80, 96, 128, 256)
+INTERPRETED = Tiling(1, 64, 2, takes_turns=False)  # the interpreter stalls where warpgroups outnumber a CPU's threads
+PAGE_SIZES = (8, 16, 32, 64, 128)
+
+
+def unsupported(head_dim: int, page_size: int, num_heads: int, num_kv_heads: int, dtype: Any) -> str | None:
+    """Why these sizes cannot run, or None if they can."""
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim {head_dim} is not one of {HEAD_DIMS}"
+    if page_size not in PAGE_SIZES:
+        return f"page_size {page_size} is not one of {PAGE_SIZES}"
+    if num_heads % num_kv_heads:
+        return f"{num_heads} query heads are no multiple of {num_kv_heads} kv heads"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"dtype {jnp.dtype(dtype)} is neither bfloat16 nor float16"
+    return None
+
+
+def flash_prefill_attention(
+    queries: jax.Array,
+    pages: jax.Array,
+    page_table: jax.Array,
+    query_starts: jax.Array,
+    context_lens: jax.Array,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Causal attention of chunks over their sequences' pages, scaled by 1 / sqrt(H) -> [T, N, H]; padding gives zeros.
+
+    queries [T, N, H], pages [P, S, K, 2, H], page_table [R, *], query_starts [R + 1], context_lens [R]: chunk r is
+    tokens [query_starts[r], query_starts[r + 1]), the last of them at position context_lens[r] - 1; tokens behind
+    query_starts[R] are padding. A query sees the keys at positions up to its own, the last `window` of them.
+    ValueError for sizes that cannot run.
+    """
+    _, page_size, num_kv_heads, _, head_dim = pages.shape
+    if reason := unsupported(head_dim, page_size, queries.shape[1], num_kv_heads, queries.dtype):
+        raise ValueError(f"flash prefill cannot run: {reason}")
+    if queries.dtype != pages.dtype:
+        raise ValueError(f"flash prefill cannot run: queries are {queries.dtype}, pages are {pages.dtype}")
+    arrays = (queries, pages, page_table, query_starts, context_lens)
+    return attend(INTERPRETED if interpret else choose_tiling(head_dim), arrays, window, soft_cap, interpret)
+
+
+def choose_tiling(head_dim: int) -> Tiling:
+    """What measured fastest (benchmarks/flash_prefill_variants.md)."""
+    if head_dim == 64:  # exponentials take as long as products here: a third consumer instead of taking turns
+        return Tiling(num_consumers=3, block_keys=128, num_stages=4, takes_turns=False)
+    if head_dim <= 128:
+        return Tiling(num_consumers=2, block_keys=128, num_stages=2)
+    return Tiling(num_consumers=2, block_keys=64, num_stages=2, shares_buffer=True)
+
+
+def attend(
+    tiling: Tiling, arrays: tuple[jax.Array, ...], window: int | None, soft_cap: float | None, interpret: bool
+) -> jax.Array:
+    """`flash_prefill_attention` of its five arrays, in a tiling of choice."""
+    queries, pages, page_table, query_starts, context_lens = arrays
+    num_tokens, num_heads, head_dim = queries.shape
+    padded = jnp.pad(queries, ((0, -num_tokens % OCTET), (0, 0), (0, 0)))  # nothing is done where none is needed
+    num_pages, page_size, num_kv_heads = pages.shape[:3]
+    group = num_heads // num_kv_heads
+    spec = Spec(tiling, group, num_kv_heads, head_dim, queries.dtype, num_pages, page_size, window, soft_cap, interpret)
+    work, num_tiles = tiles.list_tiles(spec, padded.shape[0], query_starts, context_lens)
+    launch = plgpu.kernel(
+        functools.partial(_kernel, spec),
+        out_type=jax.ShapeDtypeStruct(padded.shape, queries.dtype),
+        scratch_types=make_scratch(spec),
+        grid=(num_programs(spec),),
+        grid_names=("program",),
+        num_threads=tiling.num_consumers + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        **({"interpret": mosaic.interpreter()} if interpret else {}),
+    )
+    return launch(work, num_tiles, page_table, padded, pages)[:num_tokens]
+
+
+def _kernel(spec: Spec, work, num_tiles, page_table, queries, pages, out, rows, *scratch) -> None:
+    if not spec.interpret:  # a union comes as what it is made of
+        rows = (rows[0], rows[0], rows[1]) if spec.tiling.shares_buffer else (rows[0], *rows[1])
+    refs = Refs(work, num_tiles, page_table, queries, pages, out, *rows, *scratch)
+    num_consumers = spec.tiling.num_consumers
+    warpgroup = lax.axis_index("warpgroup")
+    consumer_registers, producer_registers = (232, 40) if num_consumers == 2 else (160, 32)
+
+    @pl.when(warpgroup < num_consumers)
+    def _():
+        plgpu.set_max_registers(consumer_registers, action="increase")
+        _consume(spec, refs, warpgroup)
+
+    @pl.when(warpgroup == num_consumers)
+    def _():
+        plgpu.set_max_registers(producer_registers, action="decrease")
+        produce(spec, refs)
+
+
+class _Running(NamedTuple):
+    """The state of a consumer's softmax. The values of the newest block are not yet in `weighted`."""
+
+    weighted: jax.Array  # [64, H] float32
+    weights: jax.Array  # [64, B], of the newest block
+    maximum: jax.Array  # [64] float32
+    total: jax.Array  # [64] float32
+
+
+def _consume(spec: Spec, refs: Refs, warpgroup: jax.Array) -> None:
+    """Attends with 64 rows of item after item; an item's last product is made beside the next one's first."""
+    tiling = spec.tiling
+    if tiling.takes_turns:
+
+        @pl.when(warpgroup == tiling.num_consumers - 1)
+        def _():
+            plgpu.barrier_arrive(refs.turns.at[0])
+
+    def finish(number: jax.Array, state: tuple[_Running, Item]) -> None:
+        running, item = state
+        values_slot = rem(number - 1, tiling.num_stages)
+        weighted = _add_product(spec, running, refs.values.at[values_slot])
+        plgpu.barrier_arrive(refs.values_free.at[values_slot])
+        _store(spec, refs, warpgroup, item, weighted, running.total)
+
+    def visit(turn: jax.Array, item: Item, num_before: jax.Array, state: tuple[_Running, Item]) -> Any:
+        query_slot = rem(turn, tiling.num_query_slots)
+        queries = refs.query_rows.at[query_slot * tiling.num_consumers + warpgroup]
+        plgpu.barrier_wait(refs.queries_ready.at[query_slot])
+        step = functools.partial(_step, spec, refs, warpgroup, queries, item.tile, num_before)
+        before, previous = state
+        fresh = before._replace(maximum=_rows_of(spec, UNSEEN), total=_rows_of(spec, 0))
+        weighted, running = step(True, jnp.int32(0), fresh)
+        if not tiling.shares_buffer:
+
+            @pl.when(turn > 0)
+            def _():
+                _store(spec, refs, warpgroup, previous, weighted, before.total)
+
+        _clear_values(spec, refs.values.at[rem(num_before, tiling.num_stages)], item.tile)
+        running = running._replace(weighted=_zeros(spec, spec.head_dim, jnp.float32))
+
+        def one(is_masked: bool, number: jax.Array, running: _Running) -> _Running:
+            return step(is_masked, number, running)[1]
+
+        num_blocks = tiles.num_blocks(spec, item.tile)
+        num_right, num_unmasked = tiles.masked_steps(spec, item.tile)
+        running = lax.fori_loop(jnp.int32(1), num_right, functools.partial(one, True), running)
+        running = lax.fori_loop(num_right, num_unmasked, functools.partial(one, False), running)
+        if spec.window is not None:
+            running = lax.fori_loop(num_unmasked, num_blocks, functools.partial(one, True), running)
+        if tiling.shares_buffer:
+            finish(num_before + num_blocks, (running, item))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            running = running._replace(weights=_zeros(spec, tiling.block_keys, spec.dtype))
+        plgpu.barrier_arrive(refs.queries_free.at[query_slot])
+        return running, item
+
+    nothing = Item(Tile(*[jnp.int32(0)] * len(Tile._fields)), jnp.int32(0))
+    weighted, weights = _zeros(spec, spec.head_dim, jnp.float32), _zeros(spec, tiling.block_keys, spec.dtype)
+    start = _Running(weighted, weights, _rows_of(spec, UNSEEN), _rows_of(spec, 0))
+    num_turns, num_blocks, state = for_each_item(spec, refs, visit, (start, nothing))
+    if not tiling.shares_buffer:
+
+        @pl.when(num_turns > 0)
+        def _():
+            finish(num_blocks, state)
+
+    plgpu.wait_smem_to_gmem(0)
+    if tiling.takes_turns:
+
+        @pl.when(warpgroup == 0)
+        def _():
+            plgpu.barrier_wait(refs.turns.at[0])
+
+
+def _step(
+    spec: Spec,
+    refs: Refs,
+    warpgroup: jax.Array,
+    queries: Any,
+    tile: Tile,
+    num_before: jax.Array,
+    is_masked: bool,
+    step: jax.Array,
+    running: _Running,
+) -> tuple[jax.Array, _Running]:
+    """The newest block's product and the next block's softmax -> what was weighted so far, and the next state."""
+    tiling = spec.tiling
+    number = num_before + step
+    slot, newest = rem(number, tiling.num_stages), rem(jnp.maximum(number - 1, 0), tiling.num_stages)
+    next_consumer = rem(warpgroup + 1, tiling.num_consumers)
+    last_block = tiles.end_blocks(spec, tile)[1]
+    plgpu.barrier_wait(refs.keys_ready.at[slot])
+    if tiling.takes_turns:
+        plgpu.barrier_wait(refs.turns.at[warpgroup])
+
+    def after_issue() -> None:
+        if tiling.takes_turns:
+            plgpu.barrier_arrive(refs.turns.at[next_consumer])
+
+    def softmax(scores: jax.Array) -> tuple[jax.Array, ...]:
+        plgpu.barrier_arrive(refs.keys_free.at[slot])
+        if spec.soft_cap is not None:
+            scores = jnp.tanh(scores * (spec.head_dim**-0.5 / spec.soft_cap))
+        if is_masked:
+            scores = _mask(spec, warpgroup, tile, (last_block - step) * tiling.block_keys, scores)
+        return _softmax(spec, scores, running)
+
+    operands = (queries, refs.keys.at[slot], refs.values.at[newest])
+    weighted, weights, maximum, total, shrink = _two_products(spec, operands, running, after_issue, softmax)
+    has_newest = step > 0 if tiling.shares_buffer else number > 0
+
+    @pl.when(has_newest)
+    def _():
+        plgpu.barrier_arrive(refs.values_free.at[newest])
+
+    plgpu.barrier_wait(refs.values_ready.at[slot])
+    shrunk = weighted * _across(shrink, spec.head_dim)
+    return weighted, _Running(shrunk, weights.astype(spec.dtype), maximum, total)
+
+
+def _mask(spec: Spec, warpgroup: jax.Array, tile: Tile, first_key: jax.Array, scores: jax.Array) -> jax.Array:
+    rows = _iota(spec, (ROWS,), 0)
+    tokens, _ = tiles.place_octet(spec, tile.first_octet + warpgroup * OCTETS + div(rows, OCTET))
+    positions = tokens + rem(rows, OCTET) + (tile.context_len - tile.end)
+    positions = _across(positions, spec.tiling.block_keys)
+    keys = _iota(spec, scores.shape, 1) + first_key
+    is_seen = keys <= positions
+    if spec.window is not None:
+        is_seen &= keys > positions - spec.window
+    return jnp.where(is_seen, scores, -jnp.inf)
+
+
+def _softmax(spec: Spec, scores: jax.Array, running: _Running) -> tuple[jax.Array, ...]:
+    """Weights of the block, new maximum and total, and what to multiply older results by. Exponents are of 2."""
+    factor = math.log2(math.e) * (spec.head_dim**-0.5 if spec.soft_cap is None else spec.soft_cap)
+    maximum = jnp.maximum(running.maximum, scores.max(axis=1) * factor)
+    weights = jnp.exp2(scores * factor - _across(maximum, scores.shape[1]))
+    shrink = jnp.exp2(running.maximum - maximum)
+    return weights, maximum, running.total * shrink + weights.sum(axis=1), shrink
+
+
+def _clear_values(spec: Spec, values: Any, tile: Tile) -> None:
+    """Zeros for foreign values in the last block: they may be NaN, and 0 * NaN is NaN. Each consumer writes the same.
+
+    They lie behind the context, also in a page that stands in for those left of the window. Other blocks have none.
+    """
+    first_key = tiles.end_blocks(spec, tile)[1] * spec.tiling.block_keys
+    first_own, num_valid = jnp.int32(0), tile.context_len - first_key
+    is_own = num_valid >= spec.tiling.block_keys
+    if spec.window is not None:
+        first_own = tiles.end_pages(spec, tile)[0] * spec.page_size - first_key
+        is_own &= first_own <= 0
+
+    @pl.when(jnp.logical_not(is_own))
+    def _():
+        for first in range(0, spec.tiling.block_keys, ROWS):
+            part = values.at[pl.ds(first, ROWS)]
+            keys = _iota(spec, (ROWS, spec.head_dim), 0) + first
+            is_valid = (keys >= first_own) & (keys < num_valid)
+            part[...] = jnp.where(is_valid, part[...], 0).astype(spec.dtype)
+        plgpu.commit_smem()
+
+
+def _store(spec: Spec, refs: Refs, warpgroup: jax.Array, item: Item, weighted: jax.Array, total: jax.Array) -> None:
+    """Writes a consumer's rows: octet by octet, or row by row where an octet is not whole."""
+    tile, first_head = item.tile, item.kv_head * spec.group
+    first_octet = tile.first_octet + warpgroup * OCTETS
+    result = weighted * _across(1 / jnp.maximum(total, 1e-30), spec.head_dim)  # padding has seen nothing
+    first_token, _ = tiles.place_octet(spec, first_octet)
+    last_token, _ = tiles.place_octet(spec, first_octet + (OCTETS - 1))
+    is_whole = (first_token >= tile.start) & (last_token + OCTET <= tile.end)
+    if not spec.tiling.shares_buffer:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    @pl.when(is_whole)
+    def _():
+        refs.out_rows.at[warpgroup][...] = result.astype(spec.dtype)
+        plgpu.commit_smem()
+        for octet in range(OCTETS):
+            token, head = tiles.place_octet(spec, first_octet + octet)
+            rows = refs.out_rows.at[warpgroup, pl.ds(octet * OCTET, OCTET)]
+            plgpu.copy_smem_to_gmem(rows, refs.out.at[pl.ds(token, OCTET), first_head + head])
+
+    @pl.when(jnp.logical_not(is_whole))
+    def _():
+        refs.plain_rows.at[warpgroup, :, pl.ds(0, spec.head_dim)][...] = result.astype(spec.dtype)
+        plgpu.commit_smem()
+
+        def copy_octet(octet: jax.Array, carry: None) -> None:
+            token, head = tiles.place_octet(spec, first_octet + octet)
+
+            def copy_row(row: jax.Array, carry: None) -> None:
+                values = refs.plain_rows.at[warpgroup, octet * OCTET + row, pl.ds(0, spec.head_dim)]
+                plgpu.copy_smem_to_gmem(values, refs.out.at[token + row, first_head + head])
+
+            first_own = jnp.maximum(tile.start - token, 0)
+            lax.fori_loop(first_own, jnp.minimum(tile.end - token, OCTET), copy_row, None)
+
+        num_octets = jnp.clip(tiles.end_octet(spec, tile) - first_octet, 0, OCTETS)
+        lax.fori_loop(jnp.int32(0), num_octets, copy_octet, None)
+
+
+def _two_products(
+    spec: Spec, operands: tuple[Any, Any, Any], running: _Running, after_issue: Any, softmax: Any
+) -> tuple[jax.Array, ...]:
+    """The newest values' product, and beside it softmax(queries [64, H] by keys [B, H])."""
+    queries, keys, values = operands
+    if spec.interpret:
+        scores = jnp.dot(queries[...], keys[...].T, preferred_element_type=jnp.float32)
+        weighted = _add_product(spec, running, values)
+        after_issue()
+        return weighted, *softmax(scores)
+
+    def multiply(scores: Any, sums: Any) -> tuple[jax.Array, ...]:
+        sums[...] = running.weighted
+        plgpu.wgmma(scores, queries, mosaic.transposed(keys))
+        plgpu.wgmma(sums, running.weights, values)
+        after_issue()
+        softened = softmax(plgpu.wgmma_accumulator_load(scores, wait_n=1))
+        # Not before the products have ended: the weights' 16-bit form goes where the old ones are being read.
+        return lax.optimization_barrier((plgpu.wgmma_accumulator_load(sums, wait_n=0), *softened))
+
+    scores = plgpu.WGMMAAccumulatorRef((ROWS, spec.tiling.block_keys), jnp.float32)
+    return pl.run_scoped(multiply, scores, plgpu.WGMMAAccumulatorRef((ROWS, spec.head_dim), jnp.float32))
+
+
+def _add_product(spec: Spec, running: _Running, values: Any) -> jax.Array:
+    """What was weighted [64, H], and weights [64, B] by values [B, H]."""
+    if spec.interpret:
+        return running.weighted + jnp.dot(running.weights, values[...], preferred_element_type=jnp.float32)
+
+    def multiply(sums: Any) -> jax.Array:
+        sums[...] = running.weighted
+        plgpu.wgmma(sums, running.weights, values)
+        return sums[...]
+
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((ROWS, spec.head_dim), jnp.float32))
+
+
+def _across(rows: jax.Array, width: int) -> jax.Array:
+    return lax.broadcast_in_dim(rows, (ROWS, width), [0])
+
+
+def _zeros(spec: Spec, width: int, dtype: Any) -> jax.Array:
+    zeros = jnp.zeros((ROWS, width), dtype)
+    return zeros if spec.interpret else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+
+
+def _rows_of(spec: Spec, value: float) -> jax.Array:
+    rows = jnp.full((ROWS,), value, jnp.float32)
+    return rows if spec.interpret else plgpu.layout_cast(rows, plgpu.Layout.WGMMA.reduce(1))
+
+
+def _iota(spec: Spec, shape: tuple[int, ...], axis: int) -> jax.Array:
+    if spec.interpret:
+        return lax.broadcasted_iota(jnp.int32, shape, axis)
+    layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
