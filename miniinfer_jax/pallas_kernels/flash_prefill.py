@@ -32,25 +32,29 @@ from miniinfer_jax.pallas_kernels.prefill_copies import (
 )
 from miniinfer_jax.pallas_kernels.prefill_tiles import OCTET, OCTETS, Spec, Tile, Tiling, div, rem
 
-UNSEEN = -1e30  # finite: the running maximum of a row that has seen nothing
 HEAD_DIMS = (64, 80, 96, 128, 256)
-INTERPRETED = Tiling(1, 64, 2, takes_turns=False)  # the interpreter stalls where warpgroups outnumber a CPU's threads
 PAGE_SIZES = (8, 16, 32, 64, 128)
+DTYPES = ("bfloat16", "float16")
+UNSEEN = -1e30  # finite: the running maximum of a row that has seen nothing
+INTERPRETED = Tiling(1, 64, 2, takes_turns=False)  # the interpreter stalls where warpgroups outnumber a CPU's threads
+REGISTERS = {2: (232, 40), 3: (160, 32)}  # by consumers: of one's thread, of a copying one's; else all have the most
 
 
 def unsupported(head_dim: int, page_size: int, num_heads: int, num_kv_heads: int, dtype: Any) -> str | None:
-    """Why these sizes cannot run, or None if they can."""
+    """Why the kernel cannot run these shapes, with what it takes; None where it can."""
+    name = jnp.dtype(dtype).name
+    if name not in DTYPES:
+        return f"dtype {name}: takes {' or '.join(DTYPES)} (the tensor cores would round float32 to 10 bits)"
     if head_dim not in HEAD_DIMS:
-        return f"head_dim {head_dim} is not one of {HEAD_DIMS}"
+        return f"head_dim {head_dim}: takes {', '.join(map(str, HEAD_DIMS))}"
     if page_size not in PAGE_SIZES:
-        return f"page_size {page_size} is not one of {PAGE_SIZES}"
+        return f"page_size {page_size}: takes {', '.join(map(str, PAGE_SIZES))}"
     if num_heads % num_kv_heads:
-        return f"{num_heads} query heads are no multiple of {num_kv_heads} kv heads"
-    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
-        return f"dtype {jnp.dtype(dtype)} is neither bfloat16 nor float16"
+        return f"{num_heads} query heads on {num_kv_heads} kv heads: takes a whole number of query heads a kv head"
     return None
 
 
+@functools.partial(jax.jit, static_argnames=("window", "soft_cap", "interpret"))
 def flash_prefill_attention(
     queries: jax.Array,
     pages: jax.Array,
@@ -66,14 +70,18 @@ def flash_prefill_attention(
 
     queries [T, N, H], pages [P, S, K, 2, H], page_table [R, *], query_starts [R + 1], context_lens [R]: chunk r is
     tokens [query_starts[r], query_starts[r + 1]), the last of them at position context_lens[r] - 1; tokens behind
-    query_starts[R] are padding. A query sees the keys at positions up to its own, the last `window` of them.
-    ValueError for sizes that cannot run.
+    query_starts[R] are padding. A query sees the keys at positions up to its own, the last `window` of them; what lies
+    behind a context, or in pages before the window, is never seen, NaN included. soft_cap: scores become
+    soft_cap * tanh(score / soft_cap). Raises ValueError where `unsupported` has a reason. Jitted by itself: the layers
+    of a model then share one compiled kernel instead of compiling one each.
     """
     _, page_size, num_kv_heads, _, head_dim = pages.shape
+    if pages.dtype != queries.dtype:
+        raise ValueError(f"queries are {queries.dtype} and pages {pages.dtype}: flash prefill takes one dtype")
     if reason := unsupported(head_dim, page_size, queries.shape[1], num_kv_heads, queries.dtype):
-        raise ValueError(f"flash prefill cannot run: {reason}")
-    if queries.dtype != pages.dtype:
-        raise ValueError(f"flash prefill cannot run: queries are {queries.dtype}, pages are {pages.dtype}")
+        raise ValueError(f"flash prefill attention cannot run {reason}")
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}: takes 1 and more, or None")
     arrays = (queries, pages, page_table, query_starts, context_lens)
     return attend(INTERPRETED if interpret else choose_tiling(head_dim), arrays, window, soft_cap, interpret)
 
@@ -118,16 +126,17 @@ def _kernel(spec: Spec, work, num_tiles, page_table, queries, pages, out, rows, 
     refs = Refs(work, num_tiles, page_table, queries, pages, out, *rows, *scratch)
     num_consumers = spec.tiling.num_consumers
     warpgroup = lax.axis_index("warpgroup")
-    consumer_registers, producer_registers = (232, 40) if num_consumers == 2 else (160, 32)
 
     @pl.when(warpgroup < num_consumers)
     def _():
-        plgpu.set_max_registers(consumer_registers, action="increase")
+        if num_consumers in REGISTERS:
+            plgpu.set_max_registers(REGISTERS[num_consumers][0], action="increase")
         _consume(spec, refs, warpgroup)
 
     @pl.when(warpgroup == num_consumers)
     def _():
-        plgpu.set_max_registers(producer_registers, action="decrease")
+        if num_consumers in REGISTERS:
+            plgpu.set_max_registers(REGISTERS[num_consumers][1], action="decrease")
         produce(spec, refs)
 
 
@@ -162,7 +171,7 @@ def _consume(spec: Spec, refs: Refs, warpgroup: jax.Array) -> None:
         plgpu.barrier_wait(refs.queries_ready.at[query_slot])
         step = functools.partial(_step, spec, refs, warpgroup, queries, item.tile, num_before)
         before, previous = state
-        fresh = before._replace(maximum=_rows_of(spec, UNSEEN), total=_rows_of(spec, 0))
+        fresh = before._replace(maximum=_full(spec, (ROWS,), UNSEEN), total=_full(spec, (ROWS,), 0))
         weighted, running = step(True, jnp.int32(0), fresh)
         if not tiling.shares_buffer:
 
@@ -171,7 +180,7 @@ def _consume(spec: Spec, refs: Refs, warpgroup: jax.Array) -> None:
                 _store(spec, refs, warpgroup, previous, weighted, before.total)
 
         _clear_values(spec, refs.values.at[rem(num_before, tiling.num_stages)], item.tile)
-        running = running._replace(weighted=_zeros(spec, spec.head_dim, jnp.float32))
+        running = running._replace(weighted=_full(spec, (ROWS, spec.head_dim), 0))
 
         def one(is_masked: bool, number: jax.Array, running: _Running) -> _Running:
             return step(is_masked, number, running)[1]
@@ -185,13 +194,14 @@ def _consume(spec: Spec, refs: Refs, warpgroup: jax.Array) -> None:
         if tiling.shares_buffer:
             finish(num_before + num_blocks, (running, item))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            running = running._replace(weights=_zeros(spec, tiling.block_keys, spec.dtype))
+            running = running._replace(weights=_full(spec, (ROWS, tiling.block_keys), 0).astype(spec.dtype))
         plgpu.barrier_arrive(refs.queries_free.at[query_slot])
         return running, item
 
     nothing = Item(Tile(*[jnp.int32(0)] * len(Tile._fields)), jnp.int32(0))
-    weighted, weights = _zeros(spec, spec.head_dim, jnp.float32), _zeros(spec, tiling.block_keys, spec.dtype)
-    start = _Running(weighted, weights, _rows_of(spec, UNSEEN), _rows_of(spec, 0))
+    weighted = _full(spec, (ROWS, spec.head_dim), 0)
+    weights = _full(spec, (ROWS, tiling.block_keys), 0).astype(spec.dtype)
+    start = _Running(weighted, weights, _full(spec, (ROWS,), UNSEEN), _full(spec, (ROWS,), 0))
     num_turns, num_blocks, state = for_each_item(spec, refs, visit, (start, nothing))
     if not tiling.shares_buffer:
 
@@ -376,18 +386,13 @@ def _across(rows: jax.Array, width: int) -> jax.Array:
     return lax.broadcast_in_dim(rows, (ROWS, width), [0])
 
 
-def _zeros(spec: Spec, width: int, dtype: Any) -> jax.Array:
-    zeros = jnp.zeros((ROWS, width), dtype)
-    return zeros if spec.interpret else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
-
-
-def _rows_of(spec: Spec, value: float) -> jax.Array:
-    rows = jnp.full((ROWS,), value, jnp.float32)
-    return rows if spec.interpret else plgpu.layout_cast(rows, plgpu.Layout.WGMMA.reduce(1))
+def _full(spec: Spec, shape: tuple[int, ...], value: float) -> jax.Array:
+    return mosaic.full(shape, value, _layout(shape), spec.interpret)
 
 
 def _iota(spec: Spec, shape: tuple[int, ...], axis: int) -> jax.Array:
-    if spec.interpret:
-        return lax.broadcasted_iota(jnp.int32, shape, axis)
-    layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
-    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
+    return mosaic.iota(shape, axis, _layout(shape), spec.interpret)
+
+
+def _layout(shape: tuple[int, ...]) -> Any:
+    return plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)

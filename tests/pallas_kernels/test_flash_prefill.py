@@ -208,7 +208,7 @@ def test_shapes_that_cannot_run_are_refused_with_the_reason():
     assert flash_prefill.unsupported(128, 16, 28, 4, "bfloat16") is None
     assert "head_dim 72" in str(flash_prefill.unsupported(72, 16, 4, 2, "bfloat16"))
     assert "page_size 24" in str(flash_prefill.unsupported(64, 24, 4, 2, "bfloat16"))
-    assert "no multiple" in str(flash_prefill.unsupported(64, 16, 5, 2, "bfloat16"))
+    assert "5 query heads on 2" in str(flash_prefill.unsupported(64, 16, 5, 2, "bfloat16"))
     assert "float32" in str(flash_prefill.unsupported(64, 16, 4, 2, "float32"))
     arrays = make_arrays(Case(((0, 4),), page_size=24))
     with pytest.raises(ValueError, match="page_size 24"):
@@ -216,3 +216,5 @@ def test_shapes_that_cannot_run_are_refused_with_the_reason():
     queries, *others = make_arrays(Case(((0, 4),)))
     with pytest.raises(ValueError, match="queries are float16"):
         flash_prefill.flash_prefill_attention(queries.astype(jnp.float16), *others)
+    with pytest.raises(ValueError, match="window is 0"):
+        flash_prefill.flash_prefill_attention(queries, *others, window=0)
