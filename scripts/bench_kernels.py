@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,9 +115,9 @@ SHAPES = [
 @partial(jax.jit, static_argnums=0)
 def make_arrays(shape: Shape) -> tuple[list[jax.Array], jax.Array, list[jax.Array]]:
     """Queries [T, N, H] of each call, a pool, and page tables [B, P] of each set of contexts that share no page."""
-    query_shape = (shape.batch * shape.num_queries, shape.num_heads, shape.head_dim)
-    keys = jax.random.split(jax.random.key(0, impl="rbg"), shape.num_calls)  # quick to draw gigabytes from
-    queries = [jax.random.normal(key, query_shape, jnp.dtype(shape.dtype)) for key in keys]
+    query_shape = (shape.num_calls, shape.batch * shape.num_queries, shape.num_heads, shape.head_dim)
+    key = jax.random.key(0, impl="rbg")  # quick to draw gigabytes from
+    queries = list(jax.random.normal(key, query_shape, jnp.dtype(shape.dtype)))
     num_pages = shape.num_sets * shape.batch * shape.pages_each
     pool = (num_pages, shape.page_size, shape.num_kv_heads, 2, shape.head_dim)
     bits = jax.random.bits(jax.random.key(1, impl="rbg"), pool, jnp.uint8)
@@ -177,32 +177,44 @@ def runs_in_cudnn(shape: Shape) -> bool:
     return shape.decodes or not shape.cached
 
 
-@dataclass(frozen=True)
-class Program:
-    """A shape's calls in one implementation, compiled, or why not."""
-
-    name: str
+class Implementation(NamedTuple):
+    attend: Callable[..., jax.Array]
     make_calls: Callable[[Shape], list[Call]]
-    run: Any = None
-    failed: str | None = None
+    max_calls: int = 64
 
 
-def compile_calls(shape: Shape, name: str, attend: Callable[..., jax.Array], make_calls: Any) -> Program:
-    attend = jax.jit(partial(attend, shape))  # compiled once for all calls
+def choose_implementations(shape: Shape, interpret: bool) -> dict[str, Implementation]:
+    """By name, the definition first."""
+
+    def kernel(shape: Shape, *call: jax.Array) -> jax.Array:
+        return by_kernel(shape, interpret, *call)
+
+    # A definition's call takes long enough, and its loops take long to compile.
+    chosen = {"xla": Implementation(by_definition, paged_calls, 4), "pallas": Implementation(kernel, paged_calls)}
+    if runs_in_cudnn(shape) and not interpret:
+        chosen["cudnn"] = Implementation(by_cudnn, dense_calls)
+    return chosen
+
+
+def compile_calls(shape: Shape, implementation: Implementation) -> Any:
+    """A program of a shape's calls, or the exception that says why there is none."""
+    attend = jax.jit(partial(implementation.attend, shape))  # compiled once for all calls
     try:
-        abstract = jax.eval_shape(partial(make_calls, shape))
-        run = jax.jit(lambda calls: [attend(*call) for call in calls]).lower(abstract).compile()
+        abstract = jax.eval_shape(partial(implementation.make_calls, shape))[: implementation.max_calls]
+        return jax.jit(lambda calls: [attend(*call) for call in calls]).lower(abstract).compile()
     except Exception as error:  # one implementation that can't must not hide the others
-        return Program(name, make_calls, failed=str(error)[:200])
-    return Program(name, make_calls, run)
+        return error
 
 
 def median_seconds(run: Callable[[], Any], finish: Callable[[Any], Any], num_repeats: int) -> tuple[float, Any]:
-    """Of one run among several that are queued, after those in which a CUDA graph is recorded; and what one gives."""
-    num_warmups, num_queued = (3, 4) if num_repeats > 1 else (0, 1)
-    for _ in range(num_warmups):
+    """Of one run among others that are queued, after those in which a CUDA graph is recorded; and what one gives."""
+    seconds, results = 0.0, []
+    for _ in range(3 if num_repeats > 1 else 0):
+        started_at = time.perf_counter()
         finish(run())
-    times, results = [], []
+        seconds = time.perf_counter() - started_at
+    num_queued = 1 if num_repeats == 1 else max(1, min(8, int(0.02 / seconds)))
+    times = []
     for _ in range(num_repeats):
         started_at = time.perf_counter()
         results = [run() for _ in range(num_queued)]
@@ -211,18 +223,17 @@ def median_seconds(run: Callable[[], Any], finish: Callable[[Any], Any], num_rep
     return statistics.median(times), results[-1]
 
 
-def measure(shape: Shape, program: Program, num_repeats: int) -> tuple[float, np.ndarray]:
-    """Seconds of a call, and what the first one gives, [T, N, H]."""
-    calls = program.make_calls(shape)
-    seconds, results = median_seconds(partial(program.run, calls), jax.block_until_ready, num_repeats)
-    return seconds / len(calls), np.asarray(results[0], np.float32).reshape(-1, shape.num_heads, shape.head_dim)
+def measure(program: Any, calls: list[Call], num_repeats: int) -> tuple[float, np.ndarray]:
+    """Seconds of a call, and what the first one gives."""
+    seconds, results = median_seconds(partial(program, calls), jax.block_until_ready, num_repeats)
+    return seconds / len(calls), np.asarray(results[0], np.float32)
 
 
-def measure_torch(shape: Shape, num_repeats: int) -> tuple[float, np.ndarray]:
+def measure_torch(shape: Shape, dense: list[Call], num_repeats: int) -> tuple[float, np.ndarray]:
     """As `measure`, by PyTorch's scaled_dot_product_attention."""
     import torch
 
-    calls = [[torch.from_dlpack(array).transpose(1, 2) for array in call] for call in dense_calls(shape)]
+    calls = [[torch.from_dlpack(array).transpose(1, 2) for array in call] for call in dense]
     is_causal = not shape.decodes
     attend = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=is_causal, enable_gqa=True)
 
@@ -238,37 +249,34 @@ def measure_torch(shape: Shape, num_repeats: int) -> tuple[float, np.ndarray]:
             seconds, _ = median_seconds(graph.replay, lambda _: torch.cuda.synchronize(), num_repeats)
         else:
             seconds, results = median_seconds(run, lambda _: None, num_repeats)
-        first = results[0].transpose(1, 2).float().cpu().numpy()
-    return seconds / len(calls), first.reshape(-1, shape.num_heads, shape.head_dim)
+        return seconds / len(calls), results[0].transpose(1, 2).float().cpu().numpy()
 
 
-def compile_shape(pool: ThreadPoolExecutor, shape: Shape, interpret: bool) -> list[Any]:
-    """Jobs that compile the implementations, the definition first."""
-
-    def kernel(shape: Shape, *call: jax.Array) -> jax.Array:
-        return by_kernel(shape, interpret, *call)
-
-    chosen = [("xla", by_definition, paged_calls), ("pallas", kernel, paged_calls)]
-    if runs_in_cudnn(shape) and not interpret:
-        chosen.append(("cudnn", by_cudnn, dense_calls))
-    return [pool.submit(compile_calls, shape, *one) for one in chosen]
-
-
-def rows(shape: Shape, programs: list[Program], num_repeats: int) -> Iterator[dict[str, Any]]:
+def rows(shape: Shape, jobs: dict[str, Any], interpret: bool, num_repeats: int) -> Iterator[dict[str, Any]]:
     """A row for each implementation, without the shares."""
-    runs = {one.name: partial(measure, shape, one, num_repeats) for one in programs if one.failed is None}
-    failed = {one.name: one.failed for one in programs if one.failed is not None}
-    if find_spec("torch") and runs_in_cudnn(shape):
-        runs["torch"] = partial(measure_torch, shape, num_repeats)
+    made = {paged_calls: paged_calls(shape)}
+    if runs_in_cudnn(shape):
+        made[dense_calls] = dense_calls(shape)
+
+    def run(name: str) -> tuple[float, np.ndarray]:
+        if name == "torch":
+            return measure_torch(shape, made[dense_calls], num_repeats)
+        program, (_, make_calls, max_calls) = jobs[name].result(), choose_implementations(shape, interpret)[name]
+        if isinstance(program, Exception):
+            raise program
+        return measure(program, made[make_calls][:max_calls], num_repeats)
+
     expected = None
-    for name, run in runs.items():
+    for name in [*jobs, *(["torch"] if find_spec("torch") and runs_in_cudnn(shape) else [])]:
+        row: dict[str, Any] = {"shape": shape.name, "implementation": name}
         try:
-            seconds, first = run()
+            seconds, first = run(name)
         except Exception as error:  # as above
-            failed[name] = str(error)[:200]
+            yield row | {"failed": str(error)[:200]}
             continue
+        first = first.reshape(-1, shape.num_heads, shape.head_dim)
         expected = first if name == "xla" else expected
-        row: dict[str, Any] = {"shape": shape.name, "implementation": name, "milliseconds": seconds * 1e3}
+        row["milliseconds"] = seconds * 1e3
         if shape.decodes:
             row["gigabytes_per_second"] = shape.num_bytes / seconds / 1e9
         else:
@@ -276,13 +284,11 @@ def rows(shape: Shape, programs: list[Program], num_repeats: int) -> Iterator[di
         if expected is not None:
             row["difference"] = float(np.linalg.norm(first - expected) / np.linalg.norm(expected))
         yield row
-    for name, reason in failed.items():
-        yield {"shape": shape.name, "implementation": name, "failed": reason}
 
 
 def tiny(shape: Shape) -> Shape:
     """A shape of the same kind for a CPU, where a call of an interpreted kernel takes seconds."""
-    return Shape(1, 24, 4, 2, 64, cached=shape.cached and 40, decodes=shape.decodes, max_calls=1)
+    return Shape(1, 24, 2, 1, 64, cached=shape.cached and 40, decodes=shape.decodes, max_calls=1)
 
 
 def main(
@@ -304,10 +310,13 @@ def main(
         "read_gigabytes": ceilings.bytes_per_second / 1e9,
     }
     print(json.dumps({**header, **rates}), flush=True)
-    with ThreadPoolExecutor(1 if small else 16) as pool:
-        jobs = [compile_shape(pool, shape, interpret=small) for shape in chosen]
+    with ThreadPoolExecutor(1 if small else 16) as pool:  # all, before anything is timed
+        jobs = [
+            {name: pool.submit(compile_calls, shape, one) for name, one in choose_implementations(shape, small).items()}
+            for shape in chosen
+        ]
     for shape, shape_jobs in zip(chosen, jobs, strict=True):
-        for row in rows(shape, [job.result() for job in shape_jobs], num_repeats):
+        for row in rows(shape, shape_jobs, small, num_repeats):
             for rate, ceiling in (("teraflops", "matmul_teraflops"), ("gigabytes_per_second", "read_gigabytes")):
                 if rate in row:
                     row["share"] = row[rate] / rates[ceiling]
