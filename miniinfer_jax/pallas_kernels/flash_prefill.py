@@ -6,7 +6,7 @@ B keys a block, W tiles (prefill_tiles; the copying warpgroup is in prefill_copi
 A program of C + 1 warpgroups stays on its multiprocessor and takes tile after tile: one warpgroup copies queries and
 pages, C multiply 64 rows each. Softmax block by block (https://arxiv.org/abs/1805.02867); the scores of a block are
 multiplied, and its softmax computed, beside the values of the block before (FlashAttention-3,
-https://arxiv.org/abs/2407.08608), over the border between two tiles as well.
+https://arxiv.org/abs/2407.08608).
 """
 
 import functools
@@ -92,7 +92,7 @@ def choose_tiling(head_dim: int) -> Tiling:
         return Tiling(num_consumers=3, block_keys=128, num_stages=4, takes_turns=False)
     if head_dim <= 128:
         return Tiling(num_consumers=2, block_keys=128, num_stages=2)
-    return Tiling(num_consumers=2, block_keys=64, num_stages=2, shares_buffer=True)
+    return Tiling(num_consumers=2, block_keys=64, num_stages=2)
 
 
 def attend(
@@ -121,8 +121,6 @@ def attend(
 
 
 def _kernel(spec: Spec, work, num_tiles, page_table, queries, pages, out, rows, *scratch) -> None:
-    if not spec.interpret:  # a union comes as what it is made of
-        rows = (rows[0], rows[0], rows[1]) if spec.tiling.shares_buffer else (rows[0], *rows[1])
     refs = Refs(work, num_tiles, page_table, queries, pages, out, *rows, *scratch)
     num_consumers = spec.tiling.num_consumers
     warpgroup = lax.axis_index("warpgroup")
@@ -150,7 +148,7 @@ class _Running(NamedTuple):
 
 
 def _consume(spec: Spec, refs: Refs, warpgroup: jax.Array) -> None:
-    """Attends with 64 rows of item after item; an item's last product is made beside the next one's first."""
+    """Attends with 64 rows of item after item."""
     tiling = spec.tiling
     if tiling.takes_turns:
 
@@ -158,57 +156,37 @@ def _consume(spec: Spec, refs: Refs, warpgroup: jax.Array) -> None:
         def _():
             plgpu.barrier_arrive(refs.turns.at[0])
 
-    def finish(number: jax.Array, state: tuple[_Running, Item]) -> None:
-        running, item = state
-        values_slot = rem(number - 1, tiling.num_stages)
-        weighted = _add_product(spec, running, refs.values.at[values_slot])
-        plgpu.barrier_arrive(refs.values_free.at[values_slot])
-        _store(spec, refs, warpgroup, item, weighted, running.total)
+    nothing = _Running(
+        _full(spec, (ROWS, spec.head_dim), 0),
+        _full(spec, (ROWS, tiling.block_keys), 0).astype(spec.dtype),
+        _full(spec, (ROWS,), UNSEEN),
+        _full(spec, (ROWS,), 0),
+    )
 
-    def visit(turn: jax.Array, item: Item, num_before: jax.Array, state: tuple[_Running, Item]) -> Any:
-        query_slot = rem(turn, tiling.num_query_slots)
-        queries = refs.query_rows.at[query_slot * tiling.num_consumers + warpgroup]
-        plgpu.barrier_wait(refs.queries_ready.at[query_slot])
-        step = functools.partial(_step, spec, refs, warpgroup, queries, item.tile, num_before)
-        before, previous = state
-        fresh = before._replace(maximum=_full(spec, (ROWS,), UNSEEN), total=_full(spec, (ROWS,), 0))
-        weighted, running = step(True, jnp.int32(0), fresh)
-        if not tiling.shares_buffer:
-
-            @pl.when(turn > 0)
-            def _():
-                _store(spec, refs, warpgroup, previous, weighted, before.total)
-
-        _clear_values(spec, refs.values.at[rem(num_before, tiling.num_stages)], item.tile)
-        running = running._replace(weighted=_full(spec, (ROWS, spec.head_dim), 0))
+    def visit(item: Item, num_before: jax.Array) -> None:
+        plgpu.barrier_wait(refs.queries_ready.at[0])
 
         def one(is_masked: bool, number: jax.Array, running: _Running) -> _Running:
-            return step(is_masked, number, running)[1]
+            return _step(spec, refs, warpgroup, item.tile, num_before, is_masked, number, running)
 
+        running = one(True, jnp.int32(0), nothing)
+        # No values were multiplied yet: what lay in their place may have been NaN.
+        running = running._replace(weighted=nothing.weighted)
+        _clear_values(spec, refs.values.at[rem(num_before, tiling.num_stages)], item.tile)
         num_blocks = tiles.num_blocks(spec, item.tile)
         num_right, num_unmasked = tiles.masked_steps(spec, item.tile)
         running = lax.fori_loop(jnp.int32(1), num_right, functools.partial(one, True), running)
         running = lax.fori_loop(num_right, num_unmasked, functools.partial(one, False), running)
         if spec.window is not None:
             running = lax.fori_loop(num_unmasked, num_blocks, functools.partial(one, True), running)
-        if tiling.shares_buffer:
-            finish(num_before + num_blocks, (running, item))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            running = running._replace(weights=_full(spec, (ROWS, tiling.block_keys), 0).astype(spec.dtype))
-        plgpu.barrier_arrive(refs.queries_free.at[query_slot])
-        return running, item
+        newest = rem(num_before + num_blocks - 1, tiling.num_stages)
+        weighted = _add_product(spec, running, refs.values.at[newest])
+        plgpu.barrier_arrive(refs.values_free.at[newest])
+        _store(spec, refs, warpgroup, item, weighted, running.total)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(refs.queries_free.at[0])
 
-    nothing = Item(Tile(*[jnp.int32(0)] * len(Tile._fields)), jnp.int32(0))
-    weighted = _full(spec, (ROWS, spec.head_dim), 0)
-    weights = _full(spec, (ROWS, tiling.block_keys), 0).astype(spec.dtype)
-    start = _Running(weighted, weights, _full(spec, (ROWS,), UNSEEN), _full(spec, (ROWS,), 0))
-    num_turns, num_blocks, state = for_each_item(spec, refs, visit, (start, nothing))
-    if not tiling.shares_buffer:
-
-        @pl.when(num_turns > 0)
-        def _():
-            finish(num_blocks, state)
-
+    for_each_item(spec, refs, visit)
     plgpu.wait_smem_to_gmem(0)
     if tiling.takes_turns:
 
@@ -221,14 +199,13 @@ def _step(
     spec: Spec,
     refs: Refs,
     warpgroup: jax.Array,
-    queries: Any,
     tile: Tile,
     num_before: jax.Array,
     is_masked: bool,
     step: jax.Array,
     running: _Running,
-) -> tuple[jax.Array, _Running]:
-    """The newest block's product and the next block's softmax -> what was weighted so far, and the next state."""
+) -> _Running:
+    """The newest block's product, and beside it the next block's softmax."""
     tiling = spec.tiling
     number = num_before + step
     slot, newest = rem(number, tiling.num_stages), rem(jnp.maximum(number - 1, 0), tiling.num_stages)
@@ -244,23 +221,23 @@ def _step(
 
     def softmax(scores: jax.Array) -> tuple[jax.Array, ...]:
         plgpu.barrier_arrive(refs.keys_free.at[slot])
-        if spec.soft_cap is not None:
-            scores = jnp.tanh(scores * (spec.head_dim**-0.5 / spec.soft_cap))
+        if spec.soft_cap is not None:  # tanh(x) = 1 - 2 / (exp(2 x) + 1): the GPU's own tanh has 11 bits
+            exponential = jnp.exp2(scores * (2 * spec.head_dim**-0.5 / spec.soft_cap * math.log2(math.e)))
+            scores = 1 - 2 / (exponential + 1)
         if is_masked:
             scores = _mask(spec, warpgroup, tile, (last_block - step) * tiling.block_keys, scores)
         return _softmax(spec, scores, running)
 
-    operands = (queries, refs.keys.at[slot], refs.values.at[newest])
+    operands = (refs.rows.at[warpgroup], refs.keys.at[slot], refs.values.at[newest])
     weighted, weights, maximum, total, shrink = _two_products(spec, operands, running, after_issue, softmax)
-    has_newest = step > 0 if tiling.shares_buffer else number > 0
 
-    @pl.when(has_newest)
+    @pl.when(step > 0)
     def _():
         plgpu.barrier_arrive(refs.values_free.at[newest])
 
     plgpu.barrier_wait(refs.values_ready.at[slot])
     shrunk = weighted * _across(shrink, spec.head_dim)
-    return weighted, _Running(shrunk, weights.astype(spec.dtype), maximum, total)
+    return _Running(shrunk, weights.astype(spec.dtype), maximum, total)
 
 
 def _mask(spec: Spec, warpgroup: jax.Array, tile: Tile, first_key: jax.Array, scores: jax.Array) -> jax.Array:
@@ -307,23 +284,21 @@ def _clear_values(spec: Spec, values: Any, tile: Tile) -> None:
 
 
 def _store(spec: Spec, refs: Refs, warpgroup: jax.Array, item: Item, weighted: jax.Array, total: jax.Array) -> None:
-    """Writes a consumer's rows: octet by octet, or row by row where an octet is not whole."""
+    """Writes a consumer's rows, through its queries' memory: by octets, or row by row where an octet is not whole."""
     tile, first_head = item.tile, item.kv_head * spec.group
     first_octet = tile.first_octet + warpgroup * OCTETS
     result = weighted * _across(1 / jnp.maximum(total, 1e-30), spec.head_dim)  # padding has seen nothing
     first_token, _ = tiles.place_octet(spec, first_octet)
     last_token, _ = tiles.place_octet(spec, first_octet + (OCTETS - 1))
     is_whole = (first_token >= tile.start) & (last_token + OCTET <= tile.end)
-    if not spec.tiling.shares_buffer:
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     @pl.when(is_whole)
     def _():
-        refs.out_rows.at[warpgroup][...] = result.astype(spec.dtype)
+        refs.rows.at[warpgroup][...] = result.astype(spec.dtype)
         plgpu.commit_smem()
         for octet in range(OCTETS):
             token, head = tiles.place_octet(spec, first_octet + octet)
-            rows = refs.out_rows.at[warpgroup, pl.ds(octet * OCTET, OCTET)]
+            rows = refs.rows.at[warpgroup, pl.ds(octet * OCTET, OCTET)]
             plgpu.copy_smem_to_gmem(rows, refs.out.at[pl.ds(token, OCTET), first_head + head])
 
     @pl.when(jnp.logical_not(is_whole))

@@ -31,9 +31,8 @@ class Refs(NamedTuple):
     queries: Any  # [T, N, H]
     pages: Any
     out: Any  # [T, N, H]
-    query_rows: Any  # [slots * C, 64, H]
-    out_rows: Any  # [C, 64, H], swizzled
-    plain_rows: Any  # [C, 64, >= H], the same memory, not swizzled
+    rows: Any  # [C, 64, H], queries and then results
+    plain_rows: Any  # [C, 64, >= H], results that are not swizzled
     keys: Any  # [stages, B, H]
     values: Any  # [stages, B, H]
     queries_ready: Any
@@ -46,29 +45,23 @@ class Refs(NamedTuple):
 
 
 def make_scratch(spec: Spec) -> list[Any]:
-    tiling, num_slots, num_consumers = spec.tiling, spec.tiling.num_query_slots, spec.tiling.num_consumers
+    tiling, num_consumers = spec.tiling, spec.tiling.num_consumers
     swizzle = next(size for size in (128, 64, 32) if spec.head_dim * 2 % size == 0)  # bytes
     transforms = (plgpu.TilingTransform((OCTET, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
     pitch = -(-spec.head_dim // 64) * 64  # where single rows are copied: each starts at a multiple of 128 bytes
-    queries = plgpu.SMEM((num_slots * num_consumers, ROWS, spec.head_dim), spec.dtype, transforms=transforms)
-    swizzled = plgpu.SMEM((num_consumers, ROWS, spec.head_dim), spec.dtype, transforms=transforms)
+    rows = plgpu.SMEM((num_consumers, ROWS, spec.head_dim), spec.dtype, transforms=transforms)
     plain = plgpu.SMEM((num_consumers, ROWS, pitch), spec.dtype)
-    if spec.interpret:
-        rows: Any = (queries, swizzled, plain)
-    elif tiling.shares_buffer:
-        rows = plgpu.RefUnion(queries, plain)
-    elif pitch == spec.head_dim:
-        rows = (queries, plgpu.RefUnion(swizzled, plain))
-    else:  # one memory would lay a consumer's plain rows over the next one's swizzled ones
-        rows = (queries, (swizzled, plain))
+    # The same memory, unless a consumer's plain rows would lie over the next one's queries. The interpreter has none.
+    is_shared = pitch == spec.head_dim and not spec.interpret
+    both = plgpu.RefUnion(rows, plain) if is_shared else (rows, plain)
     block = plgpu.SMEM((tiling.num_stages, tiling.block_keys, spec.head_dim), spec.dtype, transforms=transforms)
     copies = tiling.block_keys // min(tiling.block_keys, spec.page_size)
-    queries_ready = plgpu.Barrier(num_arrivals=spec.tile_octets, num_barriers=num_slots)
-    queries_free = plgpu.Barrier(num_arrivals=num_consumers, num_barriers=num_slots)
+    queries_ready = plgpu.Barrier(num_arrivals=spec.tile_octets, num_barriers=1)
+    queries_free = plgpu.Barrier(num_arrivals=num_consumers, num_barriers=1)
     ready = plgpu.Barrier(num_arrivals=copies, num_barriers=tiling.num_stages)
     free = plgpu.Barrier(num_arrivals=num_consumers, num_barriers=tiling.num_stages)
     turns = plgpu.Barrier(num_barriers=num_consumers)
-    return [rows, block, block, queries_ready, queries_free, ready, ready, free, free, turns]
+    return [both, block, block, queries_ready, queries_free, ready, ready, free, free, turns]
 
 
 class Item(NamedTuple):
@@ -78,8 +71,8 @@ class Item(NamedTuple):
     kv_head: jax.Array
 
 
-def for_each_item(spec: Spec, refs: Refs, visit: Any, state: Any) -> tuple[jax.Array, jax.Array, Any]:
-    """state = visit(turn, item, number of blocks before, state) for a program's items -> their and blocks' number.
+def for_each_item(spec: Spec, refs: Refs, visit: Any) -> jax.Array:
+    """visit(item, number of blocks before) for each item of a program -> number of blocks.
 
     Items are dealt to and fro over the programs, the heaviest first: each gets about the same work.
     """
@@ -96,36 +89,38 @@ def for_each_item(spec: Spec, refs: Refs, visit: Any, state: Any) -> tuple[jax.A
         tile = Tile(*(refs.work[index, field] for field in range(len(Tile._fields))))
         return Item(tile, number - index * spec.num_kv_heads)
 
-    def one(turn: jax.Array, carry: tuple[jax.Array, Item, Any]) -> tuple[jax.Array, Item, Any]:
-        num_before, item, state = carry
+    def one(turn: jax.Array, carry: tuple[jax.Array, Item]) -> tuple[jax.Array, Item]:
+        num_before, item = carry
         following = item_of(turn + 1)  # on its way while this one is visited
-        state = visit(turn, item, num_before, state)
-        return num_before + tiles.num_blocks(spec, item.tile), following, state
+        visit(item, num_before)
+        return num_before + tiles.num_blocks(spec, item.tile), following
 
     num_turns = full + jnp.where(place(full) < num_items - full * num_all, 1, 0)
-    first = (jnp.int32(0), item_of(jnp.int32(0)), state)
-    num_blocks, _, state = lax.fori_loop(jnp.int32(0), num_turns, one, first)
-    return num_turns, num_blocks, state
+    num_blocks, _ = lax.fori_loop(jnp.int32(0), num_turns, one, (jnp.int32(0), item_of(jnp.int32(0))))
+    return num_blocks
 
 
 def produce(spec: Spec, refs: Refs) -> None:
     """Copies queries, keys and values of item after item as memory becomes free."""
     tiling = spec.tiling
-    num_stages, num_slots = tiling.num_stages, tiling.num_query_slots
+    num_stages = tiling.num_stages
     copy_keys = min(tiling.block_keys, spec.page_size)
 
-    def visit(turn: jax.Array, item: Item, num_before: jax.Array, state: None) -> None:
+    def visit(item: Item, num_before: jax.Array) -> None:
         tile, kv_head = item
-        query_slot = rem(turn, num_slots)
-        _wait_until_free(refs.queries_free, turn, num_slots)
+
+        @pl.when(num_before > 0)
+        def _():
+            plgpu.barrier_wait(refs.queries_free.at[0])
+
         last_octet = tiles.end_octet(spec, tile) - 1
         for octet in range(spec.tile_octets):
             token, head = tiles.place_octet(spec, jnp.minimum(tile.first_octet + octet, last_octet))
-            rows = query_slot * tiling.num_consumers + octet // OCTETS, pl.ds(octet % OCTETS * OCTET, OCTET)
+            rows = octet // OCTETS, pl.ds(octet % OCTETS * OCTET, OCTET)
             plgpu.copy_gmem_to_smem(
                 refs.queries.at[pl.ds(token, OCTET), kv_head * spec.group + head],
-                refs.query_rows.at[rows],
-                refs.queries_ready.at[query_slot],
+                refs.rows.at[rows],
+                refs.queries_ready.at[0],
             )
         _, last_block = tiles.end_blocks(spec, tile)
         # Pages in which the tile sees nothing may be anyone's: the nearest page that it sees stands in for them.
@@ -153,9 +148,12 @@ def produce(spec: Spec, refs: Refs) -> None:
 
         lax.fori_loop(jnp.int32(0), tiles.num_blocks(spec, tile), copy_block, None)
 
-    num_turns, num_blocks, _ = for_each_item(spec, refs, visit, None)
-    for slot in range(num_slots):
-        _wait_until_free(refs.queries_free, num_turns + slot, num_slots)
+    num_blocks = for_each_item(spec, refs, visit)
+
+    @pl.when(num_blocks > 0)
+    def _():
+        plgpu.barrier_wait(refs.queries_free.at[0])
+
     for slot in range(num_stages):
         _wait_until_free(refs.keys_free, num_blocks + slot, num_stages)
         _wait_until_free(refs.values_free, num_blocks + slot, num_stages)

@@ -25,11 +25,6 @@ class Tiling(NamedTuple):
     block_keys: int  # B, a multiple of 64
     num_stages: int  # blocks of keys and values in shared memory
     takes_turns: bool = True  # one consumer multiplies while the others compute their softmax
-    shares_buffer: bool = False  # results leave through the queries' memory, or there is memory for two tiles' queries
-
-    @property
-    def num_query_slots(self) -> int:
-        return 1 if self.shares_buffer else 2
 
 
 class Spec(NamedTuple):

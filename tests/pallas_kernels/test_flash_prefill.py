@@ -123,7 +123,7 @@ SMALL_CASES = {
     "windowed": Case(
         ((0, 20), (110, 7), (50, 30)), 7, 1, page_size=32, dtype="float16", window=12, tiling=Tiling(2, 64, 2)
     ),
-    "capped": Case(((5, 12), (0, 1)), 4, 4, 80, 64, soft_cap=3.0, tiling=Tiling(1, 64, 2, shares_buffer=True)),
+    "capped": Case(((5, 12), (0, 1)), 4, 4, 80, 64, soft_cap=3.0, tiling=Tiling(1, 64, 2)),
 }
 LARGE_CASES = {
     **{f"d {dim}": Case(MIXED, 8, 4, dim, 32) for dim in flash_prefill.HEAD_DIMS},
