@@ -139,10 +139,10 @@ def dense_calls(shape: Shape) -> list[Call]:
     queries, pages, tables = make_arrays(shape)
 
     @jax.jit
-    def read(table: jax.Array) -> list[jax.Array]:
+    def read(pages: jax.Array, table: jax.Array) -> list[jax.Array]:
         return [jnp.swapaxes(part, 1, 2)[:, : shape.context_len] for part in kv_cache.read(pages, table)]
 
-    sets = [read(table) for table in tables]
+    sets = [read(pages, table) for table in tables]
     query_shape = (shape.batch, shape.num_queries, shape.num_heads, shape.head_dim)
     return [(one.reshape(query_shape), *sets[index % shape.num_sets]) for index, one in enumerate(queries)]
 
@@ -234,11 +234,10 @@ def measure_torch(shape: Shape, dense: list[Call], num_repeats: int) -> tuple[fl
     import torch
 
     calls = [[torch.from_dlpack(array).transpose(1, 2) for array in call] for call in dense]
-    is_causal = not shape.decodes
-    attend = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=is_causal, enable_gqa=True)
+    attend: Any = torch.nn.functional.scaled_dot_product_attention
 
-    def run() -> list[torch.Tensor]:
-        return [attend(*call) for call in calls]
+    def run() -> list[Any]:
+        return [attend(*call, is_causal=not shape.decodes, enable_gqa=True) for call in calls]
 
     with torch.inference_mode():
         results = run()
@@ -254,7 +253,7 @@ def measure_torch(shape: Shape, dense: list[Call], num_repeats: int) -> tuple[fl
 
 def rows(shape: Shape, jobs: dict[str, Any], interpret: bool, num_repeats: int) -> Iterator[dict[str, Any]]:
     """A row for each implementation, without the shares."""
-    made = {paged_calls: paged_calls(shape)}
+    made: dict[Any, list[Call]] = {paged_calls: paged_calls(shape)}
     if runs_in_cudnn(shape):
         made[dense_calls] = dense_calls(shape)
 

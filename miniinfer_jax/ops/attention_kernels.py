@@ -22,18 +22,25 @@ def decode_kernel(queries: jax.Array, pages: jax.Array, inputs: DecodeInputs, wi
     return paged_decode_attention(queries, pages, inputs.page_table, inputs.context_lens, window=window)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def prefill_kernel(
     queries: jax.Array, pages: jax.Array, inputs: PrefillInputs, window: int | None, interpret: bool = False
 ) -> jax.Array:
     """Each query [T, N, H] over its sequence's pages; its gradients are those of the definition."""
+    attended: Any = _prefill(queries, pages, inputs, window, interpret)
+    return attended
+
+
+_Saved = tuple[jax.Array, jax.Array, PrefillInputs]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _prefill(
+    queries: jax.Array, pages: jax.Array, inputs: PrefillInputs, window: int | None, interpret: bool
+) -> jax.Array:
     from miniinfer_jax.pallas_kernels.flash_prefill import flash_prefill_attention
 
     chunks = (inputs.page_table, inputs.query_starts, inputs.context_lens)
     return flash_prefill_attention(queries, pages, *chunks, window=window, interpret=interpret)
-
-
-_Saved = tuple[jax.Array, jax.Array, PrefillInputs]
 
 
 def _prefill_forward(
@@ -55,7 +62,7 @@ def _prefill_backward(
     return *jax.vjp(attend, queries, pages)[1](gradient), None
 
 
-prefill_kernel.defvjp(_prefill_forward, _prefill_backward)
+_prefill.defvjp(_prefill_forward, _prefill_backward)
 
 
 def kernels_unsupported(model: ModelConfig, dtype: str, page_size: int, device: Any) -> str | None:

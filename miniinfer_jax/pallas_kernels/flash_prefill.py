@@ -288,8 +288,8 @@ def _store(spec: Spec, refs: Refs, warpgroup: jax.Array, item: Item, weighted: j
     tile, first_head = item.tile, item.kv_head * spec.group
     first_octet = tile.first_octet + warpgroup * OCTETS
     result = weighted * _across(1 / jnp.maximum(total, 1e-30), spec.head_dim)  # padding has seen nothing
-    first_token, _ = tiles.place_octet(spec, first_octet)
-    last_token, _ = tiles.place_octet(spec, first_octet + (OCTETS - 1))
+    first_token = tiles.place_octet(spec, first_octet)[0]
+    last_token = tiles.place_octet(spec, first_octet + (OCTETS - 1))[0]
     is_whole = (first_token >= tile.start) & (last_token + OCTET <= tile.end)
 
     @pl.when(is_whole)

@@ -122,7 +122,7 @@ def produce(spec: Spec, refs: Refs) -> None:
                 refs.rows.at[rows],
                 refs.queries_ready.at[0],
             )
-        _, last_block = tiles.end_blocks(spec, tile)
+        last_block = tiles.end_blocks(spec, tile)[1]
         # Pages in which the tile sees nothing may be anyone's: the nearest page that it sees stands in for them.
         first_page, last_page = tiles.end_pages(spec, tile)
 
