@@ -13,8 +13,8 @@ import jax
 
 from miniinfer_jax.batch import DecodeInputs, PrefillInputs
 from miniinfer_jax.config import ConfigError, ModelConfig
-from miniinfer_jax.ops.attention_kernels import decode_kernel, decode_kernel_unsupported
-from miniinfer_jax.ops.attention_reference import Tile, decode_reference, prefill_reference
+from miniinfer_jax.ops.attention_kernels import decode_kernel, kernels_unsupported, prefill_kernel
+from miniinfer_jax.ops.attention_reference import ALL_ROWS, Tile, decode_reference, prefill_reference
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +53,8 @@ def _reference(name: str, tile: Tile) -> AttentionBackend:
     return AttentionBackend(name, partial(prefill_reference, tile), partial(decode_reference, tile))
 
 
-# All rows at once: an accelerator wants few and large operations.
-ALL_ROWS = Tile(num_rows=2**30, num_keys=256)
 BACKENDS: dict[str, AttentionBackend] = {
-    # Decode by the kernel; prefill is the definition's, and so are its gradients.
-    "pallas": AttentionBackend(
-        "pallas", partial(prefill_reference, ALL_ROWS), decode_kernel, decode_kernel_unsupported
-    ),
+    "pallas": AttentionBackend("pallas", prefill_kernel, decode_kernel, kernels_unsupported),
     "xla": _reference("xla", ALL_ROWS),
     # Few at a time: what is gathered stays in a core's cache, and short rows do not wait for long ones.
     "xla-tiled": _reference("xla-tiled", Tile(num_rows=8, num_keys=64)),

@@ -25,6 +25,10 @@ class Tile(NamedTuple):
     num_keys: int
 
 
+# All rows at once: an accelerator wants few and large operations.
+ALL_ROWS = Tile(num_rows=2**30, num_keys=256)
+
+
 def decode_reference(
     tile: Tile, queries: jax.Array, pages: jax.Array, inputs: DecodeInputs, window: int | None
 ) -> jax.Array:
