@@ -142,7 +142,7 @@ class _Running(NamedTuple):
     """The state of a consumer's softmax. The values of the newest block are not yet in `weighted`."""
 
     weighted: jax.Array  # [64, H] float32
-    weights: jax.Array  # [64, B], of the newest block
+    weights: jax.Array | None  # [64, B], of the newest block; None before the first
     maximum: jax.Array  # [64] float32
     total: jax.Array  # [64] float32
 
@@ -158,7 +158,7 @@ def _consume(spec: Spec, refs: Refs, warpgroup: jax.Array) -> None:
 
     nothing = _Running(
         _full(spec, (ROWS, spec.head_dim), 0),
-        _full(spec, (ROWS, tiling.block_keys), 0).astype(spec.dtype),
+        None,
         _full(spec, (ROWS,), UNSEEN),
         _full(spec, (ROWS,), 0),
     )
@@ -170,8 +170,6 @@ def _consume(spec: Spec, refs: Refs, warpgroup: jax.Array) -> None:
             return _step(spec, refs, warpgroup, item.tile, num_before, is_masked, number, running)
 
         running = one(True, jnp.int32(0), nothing)
-        # No values were multiplied yet: what lay in their place may have been NaN.
-        running = running._replace(weighted=nothing.weighted)
         _clear_values(spec, refs.values.at[rem(num_before, tiling.num_stages)], item.tile)
         num_blocks = tiles.num_blocks(spec, item.tile)
         num_right, num_unmasked = tiles.masked_steps(spec, item.tile)
@@ -180,7 +178,7 @@ def _consume(spec: Spec, refs: Refs, warpgroup: jax.Array) -> None:
         if spec.window is not None:
             running = lax.fori_loop(num_unmasked, num_blocks, functools.partial(one, True), running)
         newest = rem(num_before + num_blocks - 1, tiling.num_stages)
-        weighted = _add_product(spec, running, refs.values.at[newest])
+        weighted = _add_product(spec, running.weighted, running.weights, refs.values.at[newest])
         plgpu.barrier_arrive(refs.values_free.at[newest])
         _store(spec, refs, warpgroup, item, weighted, running.total)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -208,7 +206,7 @@ def _step(
     """The newest block's product, and beside it the next block's softmax."""
     tiling = spec.tiling
     number = num_before + step
-    slot, newest = rem(number, tiling.num_stages), rem(jnp.maximum(number - 1, 0), tiling.num_stages)
+    slot = rem(number, tiling.num_stages)
     next_consumer = rem(warpgroup + 1, tiling.num_consumers)
     last_block = tiles.end_blocks(spec, tile)[1]
     plgpu.barrier_wait(refs.keys_ready.at[slot])
@@ -228,13 +226,15 @@ def _step(
             scores = _mask(spec, warpgroup, tile, (last_block - step) * tiling.block_keys, scores)
         return _softmax(spec, scores, running)
 
-    operands = (refs.rows.at[warpgroup], refs.keys.at[slot], refs.values.at[newest])
-    weighted, weights, maximum, total, shrink = _two_products(spec, operands, running, after_issue, softmax)
-
-    @pl.when(step > 0)
-    def _():
+    queries, keys = refs.rows.at[warpgroup], refs.keys.at[slot]
+    weighted = running.weighted
+    if running.weights is None:
+        weights, maximum, total, shrink = _first_product(spec, queries, keys, after_issue, softmax)
+    else:
+        newest = rem(number - 1, tiling.num_stages)
+        operands = (queries, keys, refs.values.at[newest])
+        weighted, weights, maximum, total, shrink = _two_products(spec, operands, running, after_issue, softmax)
         plgpu.barrier_arrive(refs.values_free.at[newest])
-
     plgpu.barrier_wait(refs.values_ready.at[slot])
     shrunk = weighted * _across(shrink, spec.head_dim)
     return _Running(shrunk, weights.astype(spec.dtype), maximum, total)
@@ -320,6 +320,20 @@ def _store(spec: Spec, refs: Refs, warpgroup: jax.Array, item: Item, weighted: j
         lax.fori_loop(jnp.int32(0), num_octets, copy_octet, None)
 
 
+def _first_product(spec: Spec, queries: Any, keys: Any, after_issue: Any, softmax: Any) -> tuple[jax.Array, ...]:
+    """softmax(queries [64, H] by keys [B, H])."""
+    if spec.interpret:
+        after_issue()
+        return softmax(jnp.dot(queries[...], keys[...].T, preferred_element_type=jnp.float32))
+
+    def multiply(scores: Any) -> tuple[jax.Array, ...]:
+        plgpu.wgmma(scores, queries, mosaic.transposed(keys))
+        after_issue()
+        return softmax(plgpu.wgmma_accumulator_load(scores, wait_n=0))
+
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((ROWS, spec.tiling.block_keys), jnp.float32))
+
+
 def _two_products(
     spec: Spec, operands: tuple[Any, Any, Any], running: _Running, after_issue: Any, softmax: Any
 ) -> tuple[jax.Array, ...]:
@@ -327,7 +341,7 @@ def _two_products(
     queries, keys, values = operands
     if spec.interpret:
         scores = jnp.dot(queries[...], keys[...].T, preferred_element_type=jnp.float32)
-        weighted = _add_product(spec, running, values)
+        weighted = _add_product(spec, running.weighted, running.weights, values)
         after_issue()
         return weighted, *softmax(scores)
 
@@ -344,14 +358,14 @@ def _two_products(
     return pl.run_scoped(multiply, scores, plgpu.WGMMAAccumulatorRef((ROWS, spec.head_dim), jnp.float32))
 
 
-def _add_product(spec: Spec, running: _Running, values: Any) -> jax.Array:
+def _add_product(spec: Spec, weighted: jax.Array, weights: Any, values: Any) -> jax.Array:
     """What was weighted [64, H], and weights [64, B] by values [B, H]."""
     if spec.interpret:
-        return running.weighted + jnp.dot(running.weights, values[...], preferred_element_type=jnp.float32)
+        return weighted + jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
 
     def multiply(sums: Any) -> jax.Array:
-        sums[...] = running.weighted
-        plgpu.wgmma(sums, running.weights, values)
+        sums[...] = weighted
+        plgpu.wgmma(sums, weights, values)
         return sums[...]
 
     return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((ROWS, spec.head_dim), jnp.float32))
