@@ -13,8 +13,7 @@ import jax
 
 from miniinfer_jax.batch import DecodeInputs, PrefillInputs
 from miniinfer_jax.config import ConfigError, ModelConfig
-from miniinfer_jax.ops.attention_kernels import decode_kernel, kernels_unsupported, prefill_kernel
-from miniinfer_jax.ops.attention_reference import ALL_ROWS, Tile, decode_reference, prefill_reference
+    "pallas": AttentionBackend("pallas", prefill_kernel, decode_kernel, kernels_unsupported, KERNELS),
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +30,7 @@ class AttentionBackend(NamedTuple):
     decode: DecodeAttention
     # Why a model in a dtype, with a page size, can't run on a device; None if it can.
     unsupported: Callable[[ModelConfig, str, int, Device], str | None] = lambda *_: None
+    products: Products = PLAIN  # of a decode step's layers: the matrix products around the attention
 
 
 def attention(
@@ -54,7 +54,14 @@ def _reference(name: str, tile: Tile) -> AttentionBackend:
 
 
 BACKENDS: dict[str, AttentionBackend] = {
+<<<<<<< HEAD
     "pallas": AttentionBackend("pallas", prefill_kernel, decode_kernel, kernels_unsupported),
+=======
+    # Decode by the kernel; prefill is the definition's, and so are its gradients.
+    "pallas": AttentionBackend(
+        "pallas", partial(prefill_reference, ALL_ROWS), decode_kernel, decode_kernel_unsupported, KERNELS
+    ),
+>>>>>>> 9bf7e5e (Products of few rows by a kernel that loads weights straight into the tensor cores' registers; the forward names norm and residual)
     "xla": _reference("xla", ALL_ROWS),
     # Few at a time: what is gathered stays in a core's cache, and short rows do not wait for long ones.
     "xla-tiled": _reference("xla-tiled", Tile(num_rows=8, num_keys=64)),
