@@ -1,13 +1,13 @@
-"""Products of few rows: microseconds and share of the read bandwidth, beside the plain operations; a JSON line each.
+"""The products of a layer at few rows, by the kernel and by XLA: microseconds and share of the read bandwidth.
 
 python scripts/bench_skinny_linear.py                   # on a Hopper GPU
-python scripts/bench_skinny_linear.py --only 0.5b --rows 1 --rows 8
+python scripts/bench_skinny_linear.py --only 0.6b --rows 1 --rows 8
 python scripts/bench_skinny_linear.py --smoke           # tiny, interpreted, on a CPU
 
-Timed are chains in one jitted function, each product after the one before, with weights of their own as in a model: a
-feed-forward network (two kernels: norm, gate and up, silu; down, residual), attention's two products (norm, qkv;
-output, residual; its first columns stand for what is attended), and the logits. The error is |out - ref| / |ref| of
-one link against float32.
+A JSON line each. Timed are chains in one jitted function, each product after the one before, with weights of their own
+that together exceed the cache. "o" and "down" hand the residual on. "qkv" and "gate_up" need all of the hidden states
+before they start, as in a model; so each is timed with a product that leads back to them, and that one is timed alone
+and taken off. The error is |out - ref| / |ref| against float32.
 """
 
 import argparse
@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from miniinfer_jax.ops.linear import linear
-from miniinfer_jax.ops.norms import rms_norm
-from miniinfer_jax.pallas_kernels.skinny_linear import skinny_gated_linear, skinny_linear
+from miniinfer_jax.ops.linear import PLAIN, Products
+from miniinfer_jax.pallas_kernels.skinny_linear import skinny_gated_linear, skinny_linear, unsupported
 
 EPSILON = 1e-6
-CHAIN_BYTES = 400e6  # of weights, several times what a GPU's cache holds
+CHAIN_BYTES = 150e6  # of weights, several times what a GPU's cache holds
+MIN_LINKS = 20
+Shape = tuple[int, ...]
 
 
 class Sizes(NamedTuple):
@@ -36,118 +37,143 @@ class Sizes(NamedTuple):
     qkv: int
     attended: int
     ffn: int
-    vocab: int
 
 
 MODELS = {
-    "qwen2.5-0.5b": Sizes(896, 1152, 896, 4864, 151_936),
-    "qwen3-0.6b": Sizes(1024, 4096, 2048, 3072, 151_936),
-    "qwen2.5-1.5b": Sizes(1536, 2048, 1536, 8960, 151_936),
-    "qwen2.5-7b": Sizes(3584, 4608, 3584, 18944, 152_064),
-    "qwen3-8b": Sizes(4096, 6144, 4096, 12288, 151_936),
+    "qwen2.5-0.5b": Sizes(896, 1152, 896, 4864),
+    "qwen3-0.6b": Sizes(1024, 4096, 2048, 3072),
+    "qwen2.5-7b": Sizes(3584, 4608, 3584, 18944),
 }
-SMOKE_MODELS = {"smoke": Sizes(128, 192, 128, 128, 192)}
-Link = Callable[[jax.Array, jax.Array, list[jax.Array]], jax.Array]  # (hidden [T, D], norm weight [D], weights)
+SMOKE_MODELS = {"smoke": Sizes(128, 192, 64, 128)}
 
 
-def feed_forward(interpret: bool, hidden: jax.Array, norm: jax.Array, weights: list[jax.Array]) -> jax.Array:
-    activated = skinny_gated_linear(hidden, weights[0], norm=(norm, EPSILON), interpret=interpret)
-    return skinny_linear(activated, weights[1], residual=hidden, interpret=interpret)
+class Chain(NamedTuple):
+    """One or two products a link: from hidden states, normalized, and back to them with the residual."""
+
+    opening: Shape | None  # [O, D], or [2, F, D] if gated
+    closing: Shape  # [D, I]
+
+    @property
+    def shapes(self) -> list[Shape]:
+        return [shape for shape in (self.opening, self.closing) if shape is not None]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(2 * math.prod(shape) for shape in self.shapes)
 
 
-def plain_feed_forward(hidden: jax.Array, norm: jax.Array, weights: list[jax.Array]) -> jax.Array:
-    gate_up = linear(rms_norm(hidden, norm, EPSILON), weights[0])
-    return hidden + linear(jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], weights[1])
-
-
-def attention(interpret: bool, hidden: jax.Array, norm: jax.Array, weights: list[jax.Array]) -> jax.Array:
-    qkv = skinny_linear(hidden, weights[0], norm=(norm, EPSILON), interpret=interpret)
-    return skinny_linear(qkv[:, : weights[1].shape[1]], weights[1], residual=hidden, interpret=interpret)
-
-
-def plain_attention(hidden: jax.Array, norm: jax.Array, weights: list[jax.Array]) -> jax.Array:
-    qkv = linear(rms_norm(hidden, norm, EPSILON), weights[0])
-    return hidden + linear(qkv[:, : weights[1].shape[1]], weights[1])
-
-
-def logits(interpret: bool, hidden: jax.Array, norm: jax.Array, weights: list[jax.Array]) -> jax.Array:
-    return skinny_linear(hidden, weights[0], norm=(norm, EPSILON), output_dtype=jnp.float32, interpret=interpret)
-
-
-def plain_logits(hidden: jax.Array, norm: jax.Array, weights: list[jax.Array]) -> jax.Array:
-    return linear(rms_norm(hidden, norm, EPSILON), weights[0], output_dtype=jnp.float32)
-
-
-def links(sizes: Sizes, interpret: bool) -> dict[str, tuple[Link, Link, list[tuple[int, ...]]]]:
-    """Of each kind of link: ours, the plain one, and the shapes of its weights."""
+def chains(sizes: Sizes) -> dict[str, tuple[Chain, Chain | None]]:
+    """Of each product the chain that it is in, and the chain to take off."""
+    ffn, hidden = sizes.ffn, sizes.hidden
+    back, down = Chain(None, (hidden, sizes.qkv)), Chain(None, (hidden, ffn))
     return {
-        "feed_forward": (
-            partial(feed_forward, interpret),
-            plain_feed_forward,
-            [(2, sizes.ffn, sizes.hidden), (sizes.hidden, sizes.ffn)],
-        ),
-        "attention": (
-            partial(attention, interpret),
-            plain_attention,
-            [(sizes.qkv, sizes.hidden), (sizes.hidden, sizes.attended)],
-        ),
-        "logits": (partial(logits, interpret), plain_logits, [(sizes.vocab, sizes.hidden)]),
+        "qkv": (Chain((sizes.qkv, hidden), (hidden, sizes.qkv)), back),
+        "o": (Chain(None, (hidden, sizes.attended)), None),
+        "gate_up": (Chain((2, ffn, hidden), (hidden, ffn)), down),
+        "down": (down, None),
     }
 
 
-def chain(link: Link, hidden: jax.Array, norm: jax.Array, weights: list[list[jax.Array]]) -> jax.Array:
-    """Link after link; what is as wide as the vocabulary hands one value on."""
-    out = hidden
-    for own in weights:
-        out = link(hidden, norm, own)
-        hidden = out if out.shape == hidden.shape else hidden + (out[:, :1] * 0).astype(hidden.dtype)
-    return out
+def is_supported(num_rows: int, shape: Shape) -> bool:
+    return unsupported(num_rows, shape[-1], shape[-2], "bfloat16", len(shape) - 1) is None
+
+
+def kernels(interpret: bool) -> Products:
+    """By the kernel where it can, else by XLA."""
+
+    def single(inputs: jax.Array, weight: jax.Array, **others: Any) -> jax.Array:
+        if not is_supported(inputs.shape[0], weight.shape):
+            return PLAIN.linear(inputs, weight, **others)
+        return skinny_linear(inputs, weight, **others, interpret=interpret)
+
+    def gated(inputs: jax.Array, weight: jax.Array, activation: str, *, norm: Any) -> jax.Array:
+        if not is_supported(inputs.shape[0], weight.shape):
+            return PLAIN.gated_linear(inputs, weight, activation, norm=norm)
+        return skinny_gated_linear(inputs, weight, norm=norm, interpret=interpret)
+
+    return Products(single, gated)
+
+
+def run_link(
+    products: Products, hidden: jax.Array, others: jax.Array, norm: jax.Array, own: list[jax.Array]
+) -> jax.Array:
+    """hidden [T, D] -> [T, D]; others [T, I] stand for what a chain without an opening closes with."""
+    if len(own) == 1:
+        return products.linear(others, own[0], residual=hidden)
+    if own[0].ndim == 3:
+        opened = products.gated_linear(hidden, own[0], "silu", norm=(norm, EPSILON))
+    else:
+        opened = products.linear(hidden, own[0], norm=(norm, EPSILON))
+    return products.linear(opened, own[1], residual=hidden)
+
+
+def run_chain(
+    products: Products, num_links: int, hidden: jax.Array, others: jax.Array, norm: jax.Array, weights: list
+) -> jax.Array:
+    link = jax.jit(partial(run_link, products))
+    for number in range(num_links):
+        hidden = link(hidden, others, norm, weights[number % len(weights)])
+    return hidden
+
+
+def count_copies(chain: Chain) -> int:
+    return max(2, math.ceil(CHAIN_BYTES / chain.num_bytes)) if chain.num_bytes > 1e6 else 1
+
+
+def count_links(chain: Chain) -> int:
+    return max(MIN_LINKS, count_copies(chain)) if chain.num_bytes > 1e6 else 1
+
+
+def random_arguments(chain: Chain, num_rows: int, num_copies: int) -> tuple[jax.Array, jax.Array, jax.Array, list]:
+    """Scaled so that a chain keeps its magnitude."""
+
+    @jax.jit
+    def make(seed: int) -> list[jax.Array]:
+        keys = jax.random.split(jax.random.key(seed), len(chain.shapes))
+        return [
+            jax.random.normal(key, shape, jnp.bfloat16) * shape[-1] ** -0.5
+            for key, shape in zip(keys, chain.shapes, strict=True)
+        ]
+
+    def rows(seed: int, size: int) -> jax.Array:
+        return jax.random.normal(jax.random.key(seed), (num_rows, size), jnp.bfloat16)
+
+    weights = [make(seed) for seed in range(num_copies)]
+    return rows(1001, chain.closing[0]), rows(1002, chain.closing[1]), rows(1003, chain.closing[0])[0], weights
 
 
 class Compiled(NamedTuple):
-    ours: Any
-    plain: Any
-    ours_once: Any
-    compile_seconds: float  # of ours, beside other compilations
+    chains: dict[str, Any]  # by implementation
+    link: Any  # a single one, by the kernel
 
 
-def compile_case(case: tuple[Link, Link, list[tuple[int, ...]]], num_rows: int, hidden_size: int) -> Compiled:
-    ours, plain, shapes = case
-    own = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
-    args = (
-        jax.ShapeDtypeStruct((num_rows, hidden_size), jnp.bfloat16),
-        jax.ShapeDtypeStruct((hidden_size,), jnp.bfloat16),
+def compile_chain(chain: Chain, num_rows: int, interpret: bool) -> Compiled:
+    def shape(*sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
+
+    size = chain.closing[0]
+    arguments = (shape(num_rows, size), shape(num_rows, chain.closing[1]), shape(size))
+    own = [shape(*one) for one in chain.shapes]
+    copies = count_copies(chain)
+    num_links = count_links(chain)
+    implementations = {"xla": PLAIN, "kernel": kernels(interpret)}
+    compiled = {
+        name: jax.jit(partial(run_chain, products, num_links)).lower(*arguments, [own] * copies).compile()
+        for name, products in implementations.items()
+    }
+    return Compiled(compiled, jax.jit(partial(run_link, kernels(interpret))).lower(*arguments, own).compile())
+
+
+def measure_error(link: Any, arguments: tuple) -> float:
+    hidden, others, norm, weights = jax.tree.map(
+        lambda array: array.astype(jnp.float32), (*arguments[:3], arguments[3][:1])
     )
-    start = time.perf_counter()
-    chained = jax.jit(partial(chain, jax.jit(ours))).lower(*args, [own] * count_links(shapes)).compile()
-    seconds = time.perf_counter() - start
-    plain_chained = jax.jit(partial(chain, jax.jit(plain))).lower(*args, [own] * count_links(shapes)).compile()
-    return Compiled(chained, plain_chained, jax.jit(ours).lower(*args, own).compile(), seconds)
-
-
-def weight_bytes(shapes: list[tuple[int, ...]]) -> int:
-    return sum(2 * math.prod(shape) for shape in shapes)
-
-
-def count_links(shapes: list[tuple[int, ...]]) -> int:
-    return max(2, min(24, round(CHAIN_BYTES / weight_bytes(shapes)))) if weight_bytes(shapes) > 1e6 else 1
-
-
-def random_weights(shapes: list[tuple[int, ...]], seed: int) -> list[jax.Array]:
-    """Scaled so that a chain of them keeps its magnitude."""
-    keys = jax.random.split(jax.random.key(seed), len(shapes))
-    return [
-        jax.random.normal(key, shape, jnp.bfloat16) * shape[-1] ** -0.5 for key, shape in zip(keys, shapes, strict=True)
-    ]
-
-
-def measure_error(plain: Link, out: jax.Array, hidden: jax.Array, norm: jax.Array, weights: list[jax.Array]) -> float:
-    upcast = [array.astype(jnp.float32) for array in (hidden, norm, *weights)]
-    expected = plain(upcast[0], upcast[1], upcast[2:])
+    expected = run_link(PLAIN, hidden, others, norm, weights[0])
+    out = link(*arguments[:3], arguments[3][0])
     return float(jnp.linalg.norm(out.astype(jnp.float32) - expected) / jnp.linalg.norm(expected))
 
 
-def time_call(function: Any, args: tuple, num_repeats: int) -> float:
+def time_call(function: Callable[..., Any], args: tuple, num_repeats: int) -> float:
     """Median seconds of a call, of several queued one behind the other."""
     for _ in range(min(3, num_repeats - 1)):
         jax.block_until_ready(function(*args))
@@ -160,59 +186,68 @@ def time_call(function: Any, args: tuple, num_repeats: int) -> float:
 
 
 def measure_read_bandwidth(size: int, num_repeats: int) -> float:
-    """Bytes a second of summing an array."""
+    """Bytes a second of taking the maximum of an array."""
     array = jax.random.normal(jax.random.key(0), (size,), jnp.bfloat16)
-    return array.nbytes / time_call(jax.jit(partial(jnp.sum, dtype=jnp.float32)), (array,), num_repeats)
+    return array.nbytes / time_call(jax.jit(jnp.max), (array,), num_repeats)
 
 
-def run_case(
-    case: tuple[Link, Link, list[tuple[int, ...]]],
-    compiled: Compiled,
-    num_rows: int,
-    hidden_size: int,
-    ceiling: float,
-    num_repeats: int,
+def measure_chain(chain: Chain, compiled: Compiled, num_rows: int, num_repeats: int) -> dict[str, float]:
+    """Seconds of a link by implementation, and the kernel's "error"."""
+    arguments = random_arguments(chain, num_rows, count_copies(chain))
+    measured = {
+        name: time_call(function, arguments, num_repeats) / count_links(chain)
+        for name, function in compiled.chains.items()
+    }
+    return measured | {"error": measure_error(compiled.link, arguments)}
+
+
+def describe(
+    chain: Chain, taken_off: Chain | None, num_rows: int, measured: dict[Chain, dict], ceiling: float
 ) -> dict[str, Any]:
-    _, plain, shapes = case
-    hidden = jax.random.normal(jax.random.key(1), (num_rows, hidden_size), jnp.bfloat16)
-    norm = jax.random.normal(jax.random.key(2), (hidden_size,), jnp.bfloat16)
-    weights = [random_weights(shapes, seed) for seed in range(count_links(shapes))]
-    error = measure_error(plain, compiled.ours_once(hidden, norm, weights[0]), hidden, norm, weights[0])
-    row: dict[str, Any] = {"error": round(error, 5), "compile_seconds": round(compiled.compile_seconds, 2)}
-    for name, function in (("xla", compiled.plain), ("ours", compiled.ours)):
-        seconds = time_call(function, (hidden, norm, weights), num_repeats) / len(weights)
-        share = weight_bytes(shapes) / seconds / ceiling
+    """Of the first product of a chain."""
+    row: dict[str, Any] = {}
+    num_bytes = chain.num_bytes - (taken_off.num_bytes if taken_off else 0)
+    for name in ("xla", "kernel") if is_supported(num_rows, chain.shapes[0]) else ("xla",):
+        seconds = measured[chain][name] - (measured[taken_off][name] if taken_off else 0)
+        share = num_bytes / seconds / ceiling
         row |= {f"{name}_us": round(seconds * 1e6, 2), f"{name}_share": round(share, 3)}
-    return row
+    return row | {"error": round(measured[chain]["error"], 5)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, interpreted")
     parser.add_argument("--only", default="", help="models whose name has this in it")
-    parser.add_argument("--rows", type=int, action="append", help="1, 8 and 64 if not given")
+    parser.add_argument("--rows", type=int, action="append", help="1, 2, 4, 8 and 16 if not given")
     options = parser.parse_args()
     models = SMOKE_MODELS if options.smoke else {name: one for name, one in MODELS.items() if options.only in name}
-    cases = [
-        (model, kind, num_rows, sizes.hidden, case)
-        for model, sizes in models.items()
-        for kind, case in links(sizes, options.smoke).items()
-        for num_rows in options.rows or ([2] if options.smoke else [1, 8, 64])
-    ]
-    with ThreadPoolExecutor(16) as pool:  # all before the first is timed: compiling tries kernels out on the GPU
-        jobs = [pool.submit(compile_case, case, num_rows, hidden) for _, _, num_rows, hidden, case in cases]
+    all_rows = options.rows or ([2] if options.smoke else [1, 2, 4, 8, 16])
     num_repeats = 1 if options.smoke else 5
+    # All before the first is timed: compiling tries kernels out on the GPU.
+    with ThreadPoolExecutor(16) as pool:
+        jobs = {
+            (chain, num_rows): pool.submit(compile_chain, chain, num_rows, options.smoke)
+            for sizes in models.values()
+            for pair in chains(sizes).values()
+            for chain in dict.fromkeys(one for one in pair if one)
+            for num_rows in all_rows
+        }
     ceiling = measure_read_bandwidth(2**20 if options.smoke else 2**29, num_repeats)
-    print(
-        json.dumps({"device": jax.devices()[0].device_kind, "jax": jax.__version__, "read_bandwidth": ceiling}),
-        flush=True,
-    )
-    for (model, kind, num_rows, hidden, case), job in zip(cases, jobs, strict=True):
-        try:
-            row = run_case(case, job.result(), num_rows, hidden, ceiling, num_repeats)
-        except Exception as error:  # one size that fails must not hide the others
-            row = {"failed": str(error)[:300]}
-        print(json.dumps({"model": model, "link": kind, "rows": num_rows, **row}), flush=True)
+    device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "read_bandwidth": ceiling}
+    print(json.dumps(device), flush=True)
+    for model, sizes in models.items():
+        for num_rows in all_rows:
+            measured: dict[Chain, dict] = {}
+            for product, (chain, taken_off) in chains(sizes).items():
+                row = {"model": model, "product": product, "rows": num_rows}
+                try:  # one size that fails must not hide the others
+                    for one in (chain, taken_off):
+                        if one is not None and one not in measured:
+                            measured[one] = measure_chain(one, jobs[one, num_rows].result(), num_rows, num_repeats)
+                    row |= describe(chain, taken_off, num_rows, measured, ceiling)
+                except Exception as error:
+                    row["failed"] = str(error)[:300]
+                print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, scf
 
 from miniinfer_jax.pallas_kernels import thread_code as code
-from miniinfer_jax.pallas_kernels.skinny_plan import NUM_PROGRAMS, OCTET, SPAN, THREADS, WARPS, Spec
+from miniinfer_jax.pallas_kernels.skinny_plan import OCTET, SPAN, THREADS, WARPS, Spec
 
 Value = Any  # an ir.Value
 MAX_HELD = 8  # chunks of 16 bytes of inputs that a thread holds while it normalizes them

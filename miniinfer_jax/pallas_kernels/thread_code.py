@@ -125,5 +125,5 @@ def multiply(dtype: Any, left: Sequence[Word], right: Sequence[Word], sums: Sequ
 
 def _results(code: str, operands: list[Value], constraints: str, kind: Any, has_side_effects: bool = False) -> list:
     four = ir.Type.parse(f"!llvm.struct<({', '.join([str(kind)] * 4)})>")
-    results = llvm.inline_asm(four, operands, code, constraints, has_side_effects=has_side_effects)
+    results: Any = llvm.inline_asm(four, operands, code, constraints, has_side_effects=has_side_effects)
     return [llvm.extractvalue(kind, results, [number]) for number in range(4)]
