@@ -7,7 +7,8 @@ python scripts/bench_skinny_linear.py --smoke           # tiny, interpreted, on 
 A JSON line each. Timed are chains in one jitted function, each product after the one before, with weights of their own
 that together exceed the cache. "o" and "down" hand the residual on. "qkv" and "gate_up" need all of the hidden states
 before they start, as in a model; so each is timed with a product that leads back to them, and that one is timed alone
-and taken off. The error is |out - ref| / |ref| against float32.
+and taken off. Hidden states are donated: buffers stay where they are, and the GPU replays one graph. The error is
+|out - ref| / |ref| of a link against float32.
 """
 
 import argparse
@@ -107,25 +108,19 @@ def run_link(
     return products.linear(opened, own[1], residual=hidden)
 
 
-def run_chain(
-    products: Products, num_links: int, hidden: jax.Array, others: jax.Array, norm: jax.Array, weights: list
-) -> jax.Array:
+def run_chain(products: Products, hidden: jax.Array, others: jax.Array, norm: jax.Array, weights: list) -> jax.Array:
     link = jax.jit(partial(run_link, products))
-    for number in range(num_links):
-        hidden = link(hidden, others, norm, weights[number % len(weights)])
+    for own in weights:
+        hidden = link(hidden, others, norm, own)
     return hidden
 
 
-def count_copies(chain: Chain) -> int:
-    return max(2, math.ceil(CHAIN_BYTES / chain.num_bytes)) if chain.num_bytes > 1e6 else 1
-
-
 def count_links(chain: Chain) -> int:
-    return max(MIN_LINKS, count_copies(chain)) if chain.num_bytes > 1e6 else 1
+    return max(MIN_LINKS, math.ceil(CHAIN_BYTES / chain.num_bytes)) if chain.num_bytes > 1e6 else 1
 
 
-def random_arguments(chain: Chain, num_rows: int, num_copies: int) -> tuple[jax.Array, jax.Array, jax.Array, list]:
-    """Scaled so that a chain keeps its magnitude."""
+def random_weights(chain: Chain) -> list[list[jax.Array]]:
+    """Of each link, scaled so that a chain keeps its magnitude."""
 
     @jax.jit
     def make(seed: int) -> list[jax.Array]:
@@ -135,11 +130,16 @@ def random_arguments(chain: Chain, num_rows: int, num_copies: int) -> tuple[jax.
             for key, shape in zip(keys, chain.shapes, strict=True)
         ]
 
-    def rows(seed: int, size: int) -> jax.Array:
-        return jax.random.normal(jax.random.key(seed), (num_rows, size), jnp.bfloat16)
+    return [make(seed) for seed in range(count_links(chain))]
 
-    weights = [make(seed) for seed in range(num_copies)]
-    return rows(1001, chain.closing[0]), rows(1002, chain.closing[1]), rows(1003, chain.closing[0])[0], weights
+
+def random_rows(chain: Chain, num_rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(hidden, others, norm) of `run_link`."""
+    hidden_size, closing_size = chain.closing
+    keys = jax.random.split(jax.random.key(1000), 3)
+    sizes = ((num_rows, hidden_size), (num_rows, closing_size), (hidden_size,))
+    hidden, others, norm = (jax.random.normal(key, size, jnp.bfloat16) for key, size in zip(keys, sizes, strict=True))
+    return hidden, others, norm
 
 
 class Compiled(NamedTuple):
@@ -154,64 +154,65 @@ def compile_chain(chain: Chain, num_rows: int, interpret: bool) -> Compiled:
     size = chain.closing[0]
     arguments = (shape(num_rows, size), shape(num_rows, chain.closing[1]), shape(size))
     own = [shape(*one) for one in chain.shapes]
-    copies = count_copies(chain)
-    num_links = count_links(chain)
     implementations = {"xla": PLAIN, "kernel": kernels(interpret)}
     compiled = {
-        name: jax.jit(partial(run_chain, products, num_links)).lower(*arguments, [own] * copies).compile()
+        name: jax.jit(partial(run_chain, products), donate_argnums=0)
+        .lower(*arguments, [own] * count_links(chain))
+        .compile()
         for name, products in implementations.items()
     }
     return Compiled(compiled, jax.jit(partial(run_link, kernels(interpret))).lower(*arguments, own).compile())
 
 
-def measure_error(link: Any, arguments: tuple) -> float:
-    hidden, others, norm, weights = jax.tree.map(
-        lambda array: array.astype(jnp.float32), (*arguments[:3], arguments[3][:1])
-    )
-    expected = run_link(PLAIN, hidden, others, norm, weights[0])
-    out = link(*arguments[:3], arguments[3][0])
+def measure_error(link: Any, rows: tuple, own: list[jax.Array]) -> float:
+    hidden, others, norm, *upcast = (array.astype(jnp.float32) for array in (*rows, *own))
+    expected = run_link(PLAIN, hidden, others, norm, upcast)
+    out = link(*rows, own)
     return float(jnp.linalg.norm(out.astype(jnp.float32) - expected) / jnp.linalg.norm(expected))
 
 
-def time_call(function: Callable[..., Any], args: tuple, num_repeats: int) -> float:
-    """Median seconds of a call, of several queued one behind the other."""
-    for _ in range(min(3, num_repeats - 1)):
-        jax.block_until_ready(function(*args))
+def time_calls(function: Callable[[jax.Array], jax.Array], donated: jax.Array, num_repeats: int) -> float:
+    """Median seconds of a call, of several queued one behind the other, each with what the last one returned."""
     seconds = []
-    for _ in range(num_repeats):
+    for _ in range(num_repeats + 1):
         start = time.perf_counter()
-        jax.block_until_ready([function(*args) for _ in range(num_repeats)])
+        for _ in range(num_repeats):
+            donated = function(donated)
+        jax.block_until_ready(donated)
         seconds.append((time.perf_counter() - start) / num_repeats)
-    return statistics.median(seconds)
+    return statistics.median(seconds[1:])  # the first calls record the graph
 
 
 def measure_read_bandwidth(size: int, num_repeats: int) -> float:
     """Bytes a second of taking the maximum of an array."""
     array = jax.random.normal(jax.random.key(0), (size,), jnp.bfloat16)
-    return array.nbytes / time_call(jax.jit(jnp.max), (array,), num_repeats)
+    read = jax.jit(lambda least, values: jnp.maximum(jnp.max(values), least))
+    return array.nbytes / time_calls(lambda least: read(least, array), jnp.bfloat16(0), num_repeats)
 
 
-def measure_chain(chain: Chain, compiled: Compiled, num_rows: int, num_repeats: int) -> dict[str, float]:
+def measure_chain(
+    chain: Chain, compiled: Compiled, num_rows: int, weights: list[list[jax.Array]], num_repeats: int
+) -> dict[str, float]:
     """Seconds of a link by implementation, and the kernel's "error"."""
-    arguments = random_arguments(chain, num_rows, count_copies(chain))
-    measured = {
-        name: time_call(function, arguments, num_repeats) / count_links(chain)
-        for name, function in compiled.chains.items()
-    }
-    return measured | {"error": measure_error(compiled.link, arguments)}
+    hidden, others, norm = random_rows(chain, num_rows)
+    measured = {"error": measure_error(compiled.link, (hidden, others, norm), weights[0])}
+    for name, function in compiled.chains.items():
+        seconds = time_calls(lambda x, run=function: run(x, others, norm, weights), hidden.copy(), num_repeats)
+        measured[name] = seconds / len(weights)
+    return measured
 
 
 def describe(
-    chain: Chain, taken_off: Chain | None, num_rows: int, measured: dict[Chain, dict], ceiling: float
+    chain: Chain, taken_off: Chain | None, num_rows: int, own: dict, other: dict | None, ceiling: float
 ) -> dict[str, Any]:
-    """Of the first product of a chain."""
+    """The figures of the first product of a chain."""
     row: dict[str, Any] = {}
     num_bytes = chain.num_bytes - (taken_off.num_bytes if taken_off else 0)
     for name in ("xla", "kernel") if is_supported(num_rows, chain.shapes[0]) else ("xla",):
-        seconds = measured[chain][name] - (measured[taken_off][name] if taken_off else 0)
+        seconds = own[name] - (other[name] if other else 0)
         share = num_bytes / seconds / ceiling
         row |= {f"{name}_us": round(seconds * 1e6, 2), f"{name}_share": round(share, 3)}
-    return row | {"error": round(measured[chain]["error"], 5)}
+    return row | {"error": round(own["error"], 5)}
 
 
 def main() -> None:
@@ -236,18 +237,19 @@ def main() -> None:
     device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "read_bandwidth": ceiling}
     print(json.dumps(device), flush=True)
     for model, sizes in models.items():
-        for num_rows in all_rows:
-            measured: dict[Chain, dict] = {}
-            for product, (chain, taken_off) in chains(sizes).items():
+        measured: dict[tuple[Chain, int], dict] = {}
+        for product, (chain, taken_off) in chains(sizes).items():
+            for one in (chain, taken_off):
+                if one is not None and (one, all_rows[0]) not in measured:
+                    weights = random_weights(one)
+                    for num_rows in all_rows:
+                        compiled = jobs[one, num_rows].result()
+                        measured[one, num_rows] = measure_chain(one, compiled, num_rows, weights, num_repeats)
+                    del weights
+            for num_rows in all_rows:
                 row = {"model": model, "product": product, "rows": num_rows}
-                try:  # one size that fails must not hide the others
-                    for one in (chain, taken_off):
-                        if one is not None and one not in measured:
-                            measured[one] = measure_chain(one, jobs[one, num_rows].result(), num_rows, num_repeats)
-                    row |= describe(chain, taken_off, num_rows, measured, ceiling)
-                except Exception as error:
-                    row["failed"] = str(error)[:300]
-                print(json.dumps(row), flush=True)
+                own, other = measured[chain, num_rows], measured[taken_off, num_rows] if taken_off else None
+                print(json.dumps(row | describe(chain, taken_off, num_rows, own, other, ceiling)), flush=True)
 
 
 if __name__ == "__main__":
