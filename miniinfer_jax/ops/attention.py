@@ -13,7 +13,10 @@ import jax
 
 from miniinfer_jax.batch import DecodeInputs, PrefillInputs
 from miniinfer_jax.config import ConfigError, ModelConfig
-    "pallas": AttentionBackend("pallas", prefill_kernel, decode_kernel, kernels_unsupported, KERNELS),
+from miniinfer_jax.ops.attention_kernels import decode_kernel, kernels_unsupported, prefill_kernel
+from miniinfer_jax.ops.attention_reference import ALL_ROWS, Tile, decode_reference, prefill_reference
+from miniinfer_jax.ops.linear import PLAIN, Products
+from miniinfer_jax.ops.linear_kernels import KERNELS
 
 logger = logging.getLogger(__name__)
 
@@ -54,14 +57,7 @@ def _reference(name: str, tile: Tile) -> AttentionBackend:
 
 
 BACKENDS: dict[str, AttentionBackend] = {
-<<<<<<< HEAD
-    "pallas": AttentionBackend("pallas", prefill_kernel, decode_kernel, kernels_unsupported),
-=======
-    # Decode by the kernel; prefill is the definition's, and so are its gradients.
-    "pallas": AttentionBackend(
-        "pallas", partial(prefill_reference, ALL_ROWS), decode_kernel, decode_kernel_unsupported, KERNELS
-    ),
->>>>>>> 9bf7e5e (Products of few rows by a kernel that loads weights straight into the tensor cores' registers; the forward names norm and residual)
+    "pallas": AttentionBackend("pallas", prefill_kernel, decode_kernel, kernels_unsupported, KERNELS),
     "xla": _reference("xla", ALL_ROWS),
     # Few at a time: what is gathered stays in a core's cache, and short rows do not wait for long ones.
     "xla-tiled": _reference("xla-tiled", Tile(num_rows=8, num_keys=64)),
