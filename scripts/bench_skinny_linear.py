@@ -1,8 +1,8 @@
 """The products of a layer at few rows, by the kernel and by XLA: microseconds and share of the read bandwidth.
 
 python scripts/bench_skinny_linear.py                   # on a Hopper GPU
-python scripts/bench_skinny_linear.py --only 0.6b --rows 1 --rows 8
-python scripts/bench_skinny_linear.py --smoke           # tiny, interpreted, on a CPU
+python scripts/bench_skinny_linear.py --only 0.6b --rows 1,8
+python scripts/bench_skinny_linear.py --small           # a rehearsal on a CPU: tiny, the kernel interpreted
 
 A JSON line each. Timed are chains in one jitted function, each product after the one before, with weights of their own
 that together exceed the cache. "o" and "down" hand the residual on. "qkv" and "gate_up" need all of the hidden states
@@ -11,7 +11,6 @@ and taken off. Hidden states are donated: buffers stay where they are, and the G
 |out - ref| / |ref| of a link against float32.
 """
 
-import argparse
 import json
 import math
 import statistics
@@ -19,11 +18,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import typer
 
+from miniinfer_jax.benchmark.ceilings import measure_read_rate
 from miniinfer_jax.ops.linear import PLAIN, Products
 from miniinfer_jax.pallas_kernels.skinny_linear import skinny_gated_linear, skinny_linear, unsupported
 
@@ -45,7 +46,8 @@ MODELS = {
     "qwen3-0.6b": Sizes(1024, 4096, 2048, 3072),
     "qwen2.5-7b": Sizes(3584, 4608, 3584, 18944),
 }
-SMOKE_MODELS = {"smoke": Sizes(128, 192, 64, 128)}
+ROWS = "1,2,4,8,16,32,64"
+SMALL_MODELS = {"small": Sizes(128, 192, 64, 128)}
 
 
 class Chain(NamedTuple):
@@ -183,13 +185,6 @@ def time_calls(function: Callable[[jax.Array], jax.Array], donated: jax.Array, n
     return statistics.median(seconds[1:])  # the first calls record the graph
 
 
-def measure_read_bandwidth(size: int, num_repeats: int) -> float:
-    """Bytes a second of taking the maximum of an array."""
-    array = jax.random.normal(jax.random.key(0), (size,), jnp.bfloat16)
-    read = jax.jit(lambda least, values: jnp.maximum(jnp.max(values), least))
-    return array.nbytes / time_calls(lambda least: read(least, array), jnp.bfloat16(0), num_repeats)
-
-
 def measure_chain(
     chain: Chain, compiled: Compiled, num_rows: int, weights: list[list[jax.Array]], num_repeats: int
 ) -> dict[str, float]:
@@ -215,27 +210,29 @@ def describe(
     return row | {"error": round(own["error"], 5)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, interpreted")
-    parser.add_argument("--only", default="", help="models whose name has this in it")
-    parser.add_argument("--rows", type=int, action="append", help="1, 2, 4, 8 and 16 if not given")
-    options = parser.parse_args()
-    models = SMOKE_MODELS if options.smoke else {name: one for name, one in MODELS.items() if options.only in name}
-    all_rows = options.rows or ([2] if options.smoke else [1, 2, 4, 8, 16])
-    num_repeats = 1 if options.smoke else 5
+def main(
+    only: Annotated[str, typer.Option(help="Words that a model's name contains.")] = "",
+    rows: Annotated[str, typer.Option(help="Comma-separated; beyond what the kernel takes, XLA alone.")] = ROWS,
+    small: Annotated[bool, typer.Option("--small", help="A rehearsal on a CPU.")] = False,
+) -> None:
+    """Prints the device and its read rate, then a line for each product and number of rows."""
+    models = SMALL_MODELS if small else {name: one for name, one in MODELS.items() if only in name}
+    if not models:
+        raise typer.BadParameter(f"no model's name contains {only!r}; there are: {', '.join(MODELS)}")
+    all_rows = [2] if small else [int(size) for size in rows.split(",")]
+    num_repeats = 1 if small else 5
     # All before the first is timed: compiling tries kernels out on the GPU.
     with ThreadPoolExecutor(16) as pool:
         jobs = {
-            (chain, num_rows): pool.submit(compile_chain, chain, num_rows, options.smoke)
+            (chain, num_rows): pool.submit(compile_chain, chain, num_rows, small)
             for sizes in models.values()
             for pair in chains(sizes).values()
             for chain in dict.fromkeys(one for one in pair if one)
             for num_rows in all_rows
         }
-    ceiling = measure_read_bandwidth(2**20 if options.smoke else 2**29, num_repeats)
-    device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "read_bandwidth": ceiling}
-    print(json.dumps(device), flush=True)
+    ceiling = measure_read_rate(2**22 if small else 2**30)
+    header = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "read_gigabytes": ceiling / 1e9}
+    print(json.dumps(header), flush=True)
     for model, sizes in models.items():
         measured: dict[tuple[Chain, int], dict] = {}
         for product, (chain, taken_off) in chains(sizes).items():
@@ -253,4 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)
