@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from miniinfer_jax.ops.linear import Norm, Products, gated_linear, linear
 
-MAX_ROWS = 8  # above, XLA's own are as fast (benchmarks/skinny_linear_variants.md)
+MAX_ROWS = 8  # up to here steps were measured to be faster (benchmarks/skinny_linear_variants.md)
 
 
 def is_faster(num_rows: int, input_size: int, output_size: int, dtype: Any, num_weights: int = 1) -> bool:
