@@ -14,9 +14,8 @@ from miniinfer_jax import kv_cache
 from miniinfer_jax.batch import DecodeInputs, PrefillInputs
 from miniinfer_jax.config import ModelConfig
 from miniinfer_jax.kv_cache import KVCache
-from miniinfer_jax.ops.activations import ACTIVATION_FUNCTIONS
 from miniinfer_jax.ops.attention import BACKENDS, AttentionBackend, attention
-from miniinfer_jax.ops.linear import linear
+from miniinfer_jax.ops.linear import PLAIN, Products, linear
 from miniinfer_jax.ops.norms import rms_norm
 from miniinfer_jax.ops.rope import rope, rope_table
 from miniinfer_jax.params import ParamSpec
@@ -120,25 +119,27 @@ def decoder_layer(
     inputs: PrefillInputs | DecodeInputs,
 ) -> tuple[Array, Array]:
     """hidden [T, D] -> [T, D] through one block, and the layer's pages with the keys and values written."""
-    normalized = rms_norm(hidden, layer.attention_norm, config.norm_eps)
-    attended, pages = attention_block(config, window, backend, layer, pages, normalized, table, inputs)
-    hidden = hidden + attended
-    return hidden + feed_forward(config, layer, rms_norm(hidden, layer.ffn_norm, config.norm_eps)), pages
+    # Steps of prefill are the ones that may be differentiated, and have many rows: theirs are XLA's products.
+    products = backend.products if isinstance(inputs, DecodeInputs) else PLAIN
+    hidden, pages = attention_block(config, window, backend, products, layer, pages, hidden, table, inputs)
+    return feed_forward(config, products, layer, hidden), pages
 
 
 def attention_block(
     config: ModelConfig,
     window: int | None,
     backend: AttentionBackend,
+    products: Products,
     layer: LayerParams,
     pages: Array,
     hidden: Array,
     table: tuple[Array, Array],
     inputs: PrefillInputs | DecodeInputs,
 ) -> tuple[Array, Array]:
-    """hidden [T, D] -> [T, D]: keys and values are written to their pages first, then attended to over pages."""
+    """hidden + output(attention(norm(hidden))), [T, D]: keys and values are written to their pages first, then read."""
     with jax.named_scope("qkv"):
-        qkv = linear(hidden, layer.qkv, layer.qkv_bias)  # [T, K, G + 2, H]
+        norm = (layer.attention_norm, config.norm_eps)
+        qkv = products.linear(hidden, layer.qkv, layer.qkv_bias, norm=norm)  # [T, K, G + 2, H]
         if config.qk_norm:
             qkv = norm_queries_and_keys(config, layer, qkv)
         queries = qkv[:, :, :-2].reshape(-1, config.num_heads, config.head_dim)  # [T, N, H]
@@ -151,7 +152,7 @@ def attention_block(
     with jax.named_scope("attention"):
         attended = attention(queries, pages, inputs, window, backend)
     with jax.named_scope("output"):
-        return linear(attended, layer.o, num_input_axes=2), pages
+        return products.linear(attended, layer.o, residual=hidden, num_input_axes=2), pages
 
 
 def norm_queries_and_keys(config: ModelConfig, layer: LayerParams, qkv: Array) -> Array:
@@ -165,12 +166,12 @@ def norm_queries_and_keys(config: ModelConfig, layer: LayerParams, qkv: Array) -
     return rms_norm(qkv.astype(jnp.float32), weights, config.norm_eps, is_normed=heads <= group)
 
 
-def feed_forward(config: ModelConfig, layer: LayerParams, hidden: Array) -> Array:
-    """down(activation(gate(hidden)) * up(hidden)), [T, D] -> [T, D]; https://arxiv.org/abs/2002.05202."""
+def feed_forward(config: ModelConfig, products: Products, layer: LayerParams, hidden: Array) -> Array:
+    """hidden + down(activation(gate(norm(hidden))) * up(norm(hidden))), [T, D]."""
     with jax.named_scope("feed_forward"):
-        gate_up = linear(hidden, layer.gate_up)  # [T, 2, F]
-        activated = ACTIVATION_FUNCTIONS[config.activation](gate_up[:, 0]) * gate_up[:, 1]
-        return linear(activated, layer.down)
+        norm = (layer.ffn_norm, config.norm_eps)
+        activated = products.gated_linear(hidden, layer.gate_up, config.activation, norm=norm)
+        return products.linear(activated, layer.down, residual=hidden)
 
 
 def logits(params: DecoderParams, hidden: Array) -> Array:

@@ -15,6 +15,8 @@ from miniinfer_jax.batch import DecodeInputs, PrefillInputs
 from miniinfer_jax.config import ConfigError, ModelConfig
 from miniinfer_jax.ops.attention_kernels import decode_kernel, kernels_unsupported, prefill_kernel
 from miniinfer_jax.ops.attention_reference import ALL_ROWS, Tile, decode_reference, prefill_reference
+from miniinfer_jax.ops.linear import PLAIN, Products
+from miniinfer_jax.ops.linear_kernels import KERNELS
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ class AttentionBackend(NamedTuple):
     decode: DecodeAttention
     # Why a model in a dtype, with a page size, can't run on a device; None if it can.
     unsupported: Callable[[ModelConfig, str, int, Device], str | None] = lambda *_: None
+    products: Products = PLAIN  # of a decode step's layers: the matrix products around the attention
 
 
 def attention(
@@ -54,7 +57,7 @@ def _reference(name: str, tile: Tile) -> AttentionBackend:
 
 
 BACKENDS: dict[str, AttentionBackend] = {
-    "pallas": AttentionBackend("pallas", prefill_kernel, decode_kernel, kernels_unsupported),
+    "pallas": AttentionBackend("pallas", prefill_kernel, decode_kernel, kernels_unsupported, KERNELS),
     "xla": _reference("xla", ALL_ROWS),
     # Few at a time: what is gathered stays in a core's cache, and short rows do not wait for long ones.
     "xla-tiled": _reference("xla-tiled", Tile(num_rows=8, num_keys=64)),
