@@ -17,6 +17,7 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _MOSAIC_CALL = re.compile(r'custom_call_target="mosaic_gpu')
 _LIBRARY_PRODUCT = re.compile(r'custom_call_target="[^"]*(?:gemm|matmul)[^"]*"')
+_OWN_PRODUCT = re.compile(r"/skinny_(\d+)_to_(\d+)/")  # inputs and outputs: of pallas_kernels/skinny_linear.py
 _CONTRACTED = re.compile(r'lhs_contracting_(?:dims=\{|dimensions":\[)([\d,"]*)')
 # What these leave out of an operand is never read: the operand's size is not what moves.
 _PARTIAL_READS = {"slice", "dynamic-slice", "gather", "dynamic-update-slice", "scatter"}
@@ -117,6 +118,9 @@ def _product_cost(line: _Line, shapes: dict[str, str], computations: Computation
         return _cost(line, line, line.operands, shapes)
     if line.opcode == "custom-call" and _LIBRARY_PRODUCT.search(line.attributes):
         return _cost(line, line, line.operands, shapes)
+    if line.opcode == "custom-call" and (sizes := _OWN_PRODUCT.search(line.attributes)):
+        num_bytes, result = _total_bytes(line.operands, line.shape, shapes), _dimensions(line.shape)
+        return Cost(num_bytes, 2 * result[0] * int(sizes[1]) * int(sizes[2])) if num_bytes and result else None
     if line.opcode == "fusion":
         inner = _lines_within(line, computations)
         products = [one for one in inner if one.opcode == "dot"]

@@ -100,7 +100,7 @@ def _launch(spec: Spec, *arrays: jax.Array) -> jax.Array:
     def kernel(*refs: Any) -> None:
         _kernel(spec, *refs)
 
-    # Traces show a kernel by the name of its function.
+    # A trace shows it by this name, and benchmark/hlo_text.py reads the sizes from it.
     kernel.__name__ = f"skinny_{spec.input_size}_to_{spec.num_weights * spec.output_size}"
     launch = plgpu.kernel(
         kernel,
@@ -114,7 +114,7 @@ def _launch(spec: Spec, *arrays: jax.Array) -> jax.Array:
         grid_names=("program",),
         num_threads=THREADS // 128,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         **({"interpret": mosaic.interpreter()} if spec.interpret else {}),
     )
     return launch(*arrays)

@@ -39,7 +39,6 @@ def emit(spec: Spec, memrefs: Any) -> None:
     first_tile = arith.index_cast(code.int32(), gpu.block_id(gpu.Dimension.x))
     loads = _load_batch(thread, first_tile, code.is_less(first_tile, spec.num_tiles), 0)
     _place_inputs(thread)
-    sizes = [len(loads), 4]
     loop = scf.ForOp(
         first_tile,
         code.constant(spec.num_tiles),
@@ -48,7 +47,7 @@ def emit(spec: Spec, memrefs: Any) -> None:
     )
     with ir.InsertionPoint(loop.body):
         *words, parity = loop.inner_iter_args
-        loads = [words[number * 4 : number * 4 + 4] for number in range(sizes[0])]
+        loads = [words[first : first + 4] for first in range(0, len(words), 4)]
         loads = _visit_tile(thread, loop.induction_variable, parity, loads)
         scf.yield_([*(word for one in loads for word in one), arith.subi(code.constant(1), parity)])
 
@@ -119,7 +118,8 @@ def _visit_tile(thread: _Thread, tile: Value, parity: Value, loads: list[list[Va
 
 
 def _multiply_batch(thread: _Thread, batch: int, loads: list, sums: list) -> list:
-    spec, remaining = thread.spec, iter(loads)
+    """sums + the products of the batch's loads, which stand in the order of `_load_batch`."""
+    spec, sums, remaining = thread.spec, list(sums), iter(loads)
     last = spec.num_rows - 1  # rows beyond it repeat it: no other row's sum depends on them
     rows = [code.at_most(thread.group, last)] * 2
     spans = [0, SPAN]
@@ -132,7 +132,6 @@ def _multiply_batch(thread: _Thread, batch: int, loads: list, sums: list) -> lis
             index = code.plus(code.times(row, spec.operand_stride), code.plus(inputs, span + step * spec.step_size))
             halves.append(code.load_words(code.element(thread.pointers.operand, index, thread.element)))
         upper, lower = halves
-        sums = list(sums)
         for number in range(len(sums)):
             right = next(remaining)
             for pair in (0, 2):

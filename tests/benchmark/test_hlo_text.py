@@ -53,6 +53,8 @@ metadata={op_name="jit(decode_step)/sample/logits/dot_general"}
 metadata={op_name="jit(decode_step)/layer_3/jit(decoder_layer)/output/dot_general"}
   %input_reduce_fusion.1 = f32[128]{0} fusion(%b, %row), kind=kInput, calls=%one_row, \
 metadata={op_name="jit(decode_step)/final_norm/reduce_sum"}
+  %custom-call.3 = bf16[64,128]{1,0} custom-call(%a, %b), custom_call_target="mosaic_gpu_v2", \
+metadata={op_name="jit(decode_step)/layer_3/jit(decoder_layer)/feed_forward/jit(_launch)/skinny_128_to_256/mpmd_map"}
   ROOT %custom-call.2 = bf16[64,256]{1,0} custom-call(%a, %b), custom_call_target="mosaic_gpu_v2", \
 metadata={op_name="jit(decode_step)/layer_3/jit(decoder_layer)/attention/jit(attend)/attend_split/mpmd_map"}
 }
@@ -68,6 +70,10 @@ def test_products_of_a_gpu_program():
     assert found["fusion.2"].cost is None  # reads a part of an operand: what it moves is not its operands' sizes
     assert (found["custom-call.2"].cost, found["custom-call.2"].call_bytes) == (None, (2 * 64 * 128, 2 * 128 * 256))
     assert found["fusion.1"].call_bytes == ()
+    # Gate and up as one: half as many results as outputs.
+    gated = Cost(num_bytes=2 * (64 * 128 + 128 * 256 + 64 * 128), operations=2 * 64 * 128 * 256)
+    assert found["custom-call.3"].cost == gated
+    assert found["custom-call.3"].kernel == "skinny_128_to_256_mosaic_gpu_kernel"
     stages = [found[name].stage for name in ("custom-call.1", "fusion.1", "fusion.2", "custom-call.2")]
     assert stages == ["qkv", "sample/logits", "", "attention/attend_split"]
     kernels = [found[name].kernel for name in ("custom-call.1", "input_reduce_fusion.1", "custom-call.2")]
