@@ -75,9 +75,11 @@ class LLMEngine:
         )
         context = StepContext(model_config, shape, backend, logits_processors, engine_config.deterministic)
         # On a GPU the host waits at a branch; on a CPU it costs nothing, and fewer programs start sooner.
-        with_plain = jax.default_backend() == "gpu" and not logits_processors
-        buckets = choose_buckets(engine_config, with_plain=with_plain)
+        on_gpu = jax.default_backend() == "gpu"
+        buckets = choose_buckets(engine_config, with_plain=on_gpu and not logits_processors)
         self._runner = Runner(context, params, buckets, use_tqdm=use_tqdm)
+        if on_gpu:
+            self._runner.warm_up()
         self._scheduler = Scheduler(
             PageAllocator(engine_config.num_pages),
             page_size=page_size,

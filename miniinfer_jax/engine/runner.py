@@ -65,11 +65,24 @@ class Runner:
         for chunk in plan.chunks:
             if chunk.start == 0 and chunk.sequence.params.uses_token_rules:
                 self._send_rules(chunk.sequence)
-        run = self._run_decode if self._buckets.decode and plan.is_decode_only else self._run_ragged
-        output = run(plan)
+        if self._buckets.decode and plan.is_decode_only:
+            plan.chunks.sort(key=lambda chunk: chunk.start)  # rows of like length may share a tile of attention
+            bucket = self._buckets.for_rows(len(plan.chunks), plan.is_plain)
+        else:
+            bucket = self._buckets.for_chunks(plan.num_tokens, len(plan.chunks), plan.is_plain)
+        output = self._dispatch(bucket, plan)
         for array in self._wanted(plan, output):
             array.copy_to_host_async()
         return StepInFlight(plan, output)
+
+    def warm_up(self) -> None:
+        """Runs every step twice over nothing but padding, which leaves no trace.
+
+        At the first run a GPU loads the kernels, at the second XLA records their CUDA graph; requests need not wait
+        for either.
+        """
+        for bucket in 2 * (*self._buckets.decode, *self._buckets.ragged):
+            self._dispatch(bucket, StepPlan())
 
     def device_arrays_bytes(self) -> dict[str, int]:
         """Bytes of what lives on the device between steps."""
@@ -83,17 +96,14 @@ class Runner:
             chosen = [self._buckets.for_rows(num_rows, is_plain=True)]
         return [self._programs[bucket].as_text() or "" for bucket in chosen]
 
-    def _run_decode(self, plan: StepPlan) -> StepOutput:
-        plan.chunks.sort(key=lambda chunk: chunk.start)  # rows of like length may share a tile of attention
-        bucket = self._buckets.for_rows(len(plan.chunks), plan.is_plain)
+    def _dispatch(self, bucket: DecodeBucket | RaggedBucket, plan: StepPlan) -> StepOutput:
+        """Runs the bucket's program over the plan, which must fit it."""
+        if isinstance(bucket, RaggedBucket):
+            return self._call(bucket, pack_ragged(plan, bucket, self._context.shape))
         packed = self._send_decode(pack_decode(plan, bucket, self._context.shape))
         output = self._call(bucket, packed, self._outboxes.popleft())
         self._outboxes.append(output.token_ids)
         return output
-
-    def _run_ragged(self, plan: StepPlan) -> StepOutput:
-        bucket = self._buckets.for_chunks(plan.num_tokens, len(plan.chunks), plan.is_plain)
-        return self._call(bucket, pack_ragged(plan, bucket, self._context.shape))
 
     def _call(self, bucket: DecodeBucket | RaggedBucket, *arguments: Any) -> StepOutput:
         step = self._programs[bucket]

@@ -212,6 +212,14 @@ def test_the_host_runs_one_step_ahead(llm, monkeypatch):
             assert ("dispatch", following) in events[:place], "a step was read before the next was dispatched"
 
 
+def test_warming_up_leaves_no_trace(llm, expected):
+    runner = llm.engine._runner
+    before = jax.device_get((runner._cache, runner._state))
+    runner.warm_up()
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get((runner._cache, runner._state)))
+    assert tokens_of(llm.generate(make_prompts(10), GREEDY, use_tqdm=False)) == expected
+
+
 def test_the_cache_is_updated_in_place(llm):
     runner = llm.engine._runner
     cache_bytes = sum(array.nbytes for array in jax.tree.leaves(runner._cache))
