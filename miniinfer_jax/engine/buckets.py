@@ -8,8 +8,8 @@ SMALLEST_PREFILL = 16
 MEDIUM_PREFILL = 1024  # up to here a step is bound by the weights' bytes, and padding is cheap
 # Sequences of a step of long chunks: without it, one prompt would pay for the logits of max_num_seqs rows.
 FEW_ROWS = 16
-# In deterministic mode every step, of prefill and of decode alike, goes over this many tokens, because a matrix product
-# of another height may add in another order.
+# In deterministic mode every step, of prefill and of decode alike, is one program over this many tokens, because
+# a matrix product of another height may add in another order.
 DETERMINISTIC_TOKENS = 64
 
 
@@ -80,9 +80,7 @@ def choose_buckets(config: EngineConfig, *, with_plain: bool = False) -> Buckets
     more.
     """
     if config.deterministic:
-        kinds = (False, True) if with_plain else (False,)
-        steps = [_ragged(config, DETERMINISTIC_TOKENS, config.max_num_seqs, is_plain=kind) for kind in kinds]
-        return Buckets(ragged=tuple(steps), decode=())
+        return Buckets(ragged=(_ragged(config, DETERMINISTIC_TOKENS, config.max_num_seqs),), decode=())
     largest = -(-config.max_num_batched_tokens // SMALLEST_PREFILL) * SMALLEST_PREFILL
     medium = min(largest, MEDIUM_PREFILL)
     tokens = [*_powers(SMALLEST_PREFILL, medium, factor=4), *_powers(medium, largest, factor=2), largest]

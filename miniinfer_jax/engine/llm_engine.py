@@ -73,7 +73,7 @@ class LLMEngine:
         backend = choose_backend(
             engine_config.attention_backend, model_config, params.embedding.dtype.name, page_size, jax.devices()[0]
         )
-        context = StepContext(model_config, shape, backend, logits_processors, engine_config.deterministic)
+        context = StepContext(model_config, shape, backend, logits_processors)
         # On a GPU the host waits at a branch; on a CPU it costs nothing, and fewer programs start sooner.
         on_gpu = jax.default_backend() == "gpu"
         buckets = choose_buckets(engine_config, with_plain=on_gpu and not logits_processors)

@@ -30,14 +30,6 @@ class StepContext:
     shape: CacheShape
     backend: AttentionBackend
     logits_processors: tuple[LogitsProcessor, ...]
-    deterministic: bool = False
-
-    def apart(self, array: jax.Array) -> jax.Array:
-        """The array; in deterministic mode computed as it would be whatever else the program makes of it.
-
-        Two programs, one plain and one not, then go the same way up to here.
-        """
-        return lax.optimization_barrier(array) if self.deterministic else array
 
 
 def decode_step(
@@ -72,7 +64,6 @@ def ragged_step(
     """The chunks of several sequences, decoding ones among them; a row that samples leaves its token in the state."""
     rows, inputs, state = unpack_ragged(packed, bucket, state, context.shape)
     hidden, cache = forward(context.config, params, cache, inputs, context.backend)
-    hidden = context.apart(hidden)
     slots = jnp.where(rows.samples, rows.slots, context.shape.num_slots)
     last_hidden = hidden[rows.last_tokens]
     state, output = _draw(context, params, state, last_hidden, slots, inputs.context_lens, bucket.is_plain)
@@ -100,7 +91,7 @@ def _draw(
         rules=state.rules,
     )
     with jax.named_scope("sample"):
-        scores = context.apart(logits(params, hidden))
+        scores = logits(params, hidden)
         output = sample_plain(scores, inputs) if is_plain else sample(scores, inputs, context.logits_processors)
     tokens = jnp.maximum(output.token_ids, 0)
     recent = jnp.concatenate([inputs.recent_tokens[:, 1:], tokens[:, None]], axis=1)
