@@ -31,7 +31,7 @@ def profile_steps(
 ) -> dict[str, Any]:
     """Traces the engine's next steps; times in seconds a step.
 
-    wall_seconds: of a step that was not traced. The trace itself may slow steps down (jax 0.10 launches kernel by kernel
+    wall_seconds: of a step that was not traced. The trace may slow steps down (jax 0.10 launches kernel by kernel
     instead of as one CUDA graph), so busy_share_of_wall, the kernels' time over wall_seconds, stands beside idle_share.
     num_rows: sequences of each step where all are decode steps of as many.
     """
