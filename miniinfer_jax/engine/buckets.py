@@ -1,6 +1,7 @@
 """The shapes that steps are padded to, set out in one place: whatever requests come, nothing else is compiled."""
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 from miniinfer_jax.config import EngineConfig
 
@@ -48,19 +49,23 @@ class Buckets:
 
     def for_chunks(self, num_tokens: int, num_rows: int, is_plain: bool) -> RaggedBucket:
         """The smallest ragged bucket that holds num_tokens of num_rows sequences, a plain one if it will do."""
-        fitting = [
-            bucket
-            for bucket in self.ragged
-            if bucket.num_tokens >= num_tokens and bucket.num_rows >= num_rows and (is_plain or not bucket.is_plain)
-        ]
-        return min(fitting, key=lambda bucket: (bucket.num_tokens, bucket.num_rows, not bucket.is_plain))
+        return _smallest(self.ragged, num_tokens, num_rows, is_plain)
 
     def for_rows(self, num_rows: int, is_plain: bool) -> DecodeBucket:
         """The smallest decode bucket that holds num_rows, a plain one if there is one and it will do."""
-        fitting = [
-            bucket for bucket in self.decode if bucket.num_rows >= num_rows and (is_plain or not bucket.is_plain)
-        ]
-        return min(fitting, key=lambda bucket: (bucket.num_rows, not bucket.is_plain))
+        return _smallest(self.decode, num_rows, num_rows, is_plain)
+
+
+_Bucket = TypeVar("_Bucket", RaggedBucket, DecodeBucket)
+
+
+def _smallest(buckets: tuple[_Bucket, ...], num_tokens: int, num_rows: int, is_plain: bool) -> _Bucket:
+    fitting = [
+        bucket
+        for bucket in buckets
+        if bucket.num_tokens >= num_tokens and bucket.num_rows >= num_rows and (is_plain or not bucket.is_plain)
+    ]
+    return min(fitting, key=lambda bucket: (bucket.num_tokens, bucket.num_rows, not bucket.is_plain))
 
 
 def token_budget(config: EngineConfig) -> int:

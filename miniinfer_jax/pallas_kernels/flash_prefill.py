@@ -32,9 +32,7 @@ from miniinfer_jax.pallas_kernels.prefill_copies import (
 )
 from miniinfer_jax.pallas_kernels.prefill_tiles import OCTET, OCTETS, Spec, Tile, Tiling, div, rem
 
-HEAD_DIMS = (64, 80, 96, 128, 256)
 PAGE_SIZES = (8, 16, 32, 64, 128)
-DTYPES = ("bfloat16", "float16")
 UNSEEN = -1e30  # finite: the running maximum of a row that has seen nothing
 INTERPRETED = Tiling(1, 64, 2, takes_turns=False)  # the interpreter stalls where warpgroups outnumber a CPU's threads
 REGISTERS = {2: (232, 40), 3: (160, 32)}  # by consumers: of one's thread, of a copying one's; else all have the most
@@ -42,13 +40,8 @@ REGISTERS = {2: (232, 40), 3: (160, 32)}  # by consumers: of one's thread, of a 
 
 def unsupported(head_dim: int, page_size: int, num_heads: int, num_kv_heads: int, dtype: Any) -> str | None:
     """Why the kernel cannot run these shapes, with what it takes; None where it can."""
-    name = jnp.dtype(dtype).name
-    if name not in DTYPES:
-        return f"dtype {name}: takes {' or '.join(DTYPES)} (the tensor cores would round float32 to 10 bits)"
-    if head_dim not in HEAD_DIMS:
-        return f"head_dim {head_dim}: takes {', '.join(map(str, HEAD_DIMS))}"
-    if page_size not in PAGE_SIZES:
-        return f"page_size {page_size}: takes {', '.join(map(str, PAGE_SIZES))}"
+    if reason := mosaic.attention_unsupported(head_dim, page_size, PAGE_SIZES, dtype):
+        return reason
     if num_heads % num_kv_heads:
         return f"{num_heads} query heads on {num_kv_heads} kv heads: takes a whole number of query heads a kv head"
     return None

@@ -1,4 +1,5 @@
-"""What differs between jax 0.10.2 and 0.11.2 in Mosaic GPU, and stand-ins for what its CPU interpreter lacks."""
+"""What the Mosaic GPU kernels share: what they take, what differs between jax 0.10.2 and 0.11.2, and stand-ins
+for what its CPU interpreter lacks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 IS_0_11 = hasattr(plgpu, "InterpretGPUParams")  # or newer
+
+# What the attention kernels take.
+HEAD_DIMS = (64, 80, 96, 128, 256)
+DTYPES = ("bfloat16", "float16")
+
+
+def attention_unsupported(head_dim: int, page_size: int, page_sizes: Sequence[int], dtype: Any) -> str | None:
+    """Why an attention kernel for pages of page_sizes cannot run these, with what it takes; None where it can."""
+    name = jnp.dtype(dtype).name
+    if name not in DTYPES:
+        return f"dtype {name}: takes {' or '.join(DTYPES)} (the tensor cores would round float32 to 10 bits)"
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim {head_dim}: takes {', '.join(map(str, HEAD_DIMS))}"
+    if page_size not in page_sizes:
+        return f"page_size {page_size}: takes {', '.join(map(str, page_sizes))}"
+    return None
 
 
 def transposed(ref: Any) -> Any:

@@ -22,9 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from miniinfer_jax.pallas_kernels import mosaic
 
-HEAD_DIMS = (64, 80, 96, 128, 256)
 PAGE_SIZES = (16, 32, 64, 128)
-DTYPES = ("bfloat16", "float16")
 MAX_GROUP = 64
 MAX_SPLITS = 128
 NUM_MULTIPROCESSORS = 132  # of an H100 or H200 (SXM)
@@ -40,13 +38,8 @@ TILE, ROW = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
 
 def unsupported(head_dim: int, page_size: int, num_heads: int, num_kv_heads: int, dtype: Any) -> str | None:
     """Why the kernel cannot run these shapes, with what it takes; None where it can."""
-    name = jnp.dtype(dtype).name
-    if name not in DTYPES:
-        return f"dtype {name}: takes {' or '.join(DTYPES)} (the tensor cores would round float32 to 10 bits)"
-    if head_dim not in HEAD_DIMS:
-        return f"head_dim {head_dim}: takes {', '.join(map(str, HEAD_DIMS))}"
-    if page_size not in PAGE_SIZES:
-        return f"page_size {page_size}: takes {', '.join(map(str, PAGE_SIZES))}"
+    if reason := mosaic.attention_unsupported(head_dim, page_size, PAGE_SIZES, dtype):
+        return reason
     if num_heads % num_kv_heads or num_heads // num_kv_heads > MAX_GROUP:
         return f"{num_heads} query heads on {num_kv_heads} kv heads: takes 1 to {MAX_GROUP} query heads a kv head"
     return None

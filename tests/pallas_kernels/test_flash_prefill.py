@@ -9,7 +9,7 @@ import pytest
 
 from miniinfer_jax.batch import PrefillInputs
 from miniinfer_jax.ops.attention import BACKENDS
-from miniinfer_jax.pallas_kernels import flash_prefill
+from miniinfer_jax.pallas_kernels import flash_prefill, mosaic
 from miniinfer_jax.pallas_kernels.flash_prefill import choose_tiling
 from miniinfer_jax.pallas_kernels.prefill_tiles import Spec, Tile, Tiling, list_tiles, num_blocks
 
@@ -126,7 +126,7 @@ SMALL_CASES = {
     "capped": Case(((5, 12), (0, 1)), 4, 4, 80, 64, soft_cap=3.0, tiling=Tiling(1, 64, 2)),
 }
 LARGE_CASES = {
-    **{f"d {dim}": Case(MIXED, 8, 4, dim, 32) for dim in flash_prefill.HEAD_DIMS},
+    **{f"d {dim}": Case(MIXED, 8, 4, dim, 32) for dim in mosaic.HEAD_DIMS},
     **{f"page {size}": Case(MIXED, 14, 2, 128, size, "float16") for size in flash_prefill.PAGE_SIZES},
     **{f"ratio {ratio}": Case(MIXED, 2 * ratio, 2, 64, 16) for ratio in (1, 2, 4, 7, 8)},
     **{f"window {size}": Case(MIXED, 8, 2, 128, 16, window=size) for size in (1, 100, 128, 500)},
@@ -174,7 +174,7 @@ def test_neighbours_change_no_bit():
         np.testing.assert_array_equal(alone[: behind - first], together[first:behind])
 
 
-@pytest.mark.parametrize("head_dim", flash_prefill.HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", mosaic.HEAD_DIMS)
 def test_every_head_dim_lowers_for_a_gpu(head_dim):
     case = Case(((0, 300), (1000, 1)), 14, 2, head_dim, 32, window=100, soft_cap=5.0)
     arrays = make_arrays(case)
