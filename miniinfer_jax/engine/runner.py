@@ -2,9 +2,8 @@
 
 import logging
 import os
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -55,8 +54,7 @@ class Runner:
         dtype = params.embedding.dtype.name
         self._cache = kv_cache.create(config, shape.num_pages, shape.page_size, dtype)
         self._state = create_state(shape.num_slots, shape.max_pages, config.vocab_size)
-        # The tokens of the last two decode steps, newest last; the older have been read, and give way to the next.
-        self._outboxes = deque(jnp.zeros((shape.num_slots + 1,), jnp.int32) for _ in range(2))
+        self._outbox = jnp.zeros((shape.num_slots + 1,), jnp.int32)  # where every decode step leaves its tokens
         self._sent_decode: tuple[np.ndarray, jax.Array | None] = np.empty(0), None
         self._programs = self._compile_all(use_tqdm)
 
@@ -101,9 +99,10 @@ class Runner:
         if isinstance(bucket, RaggedBucket):
             return self._call(bucket, pack_ragged(plan, bucket, self._context.shape))
         packed = self._send_decode(pack_decode(plan, bucket, self._context.shape))
-        output = self._call(bucket, packed, self._outboxes.popleft())
-        self._outboxes.append(output.token_ids)
-        return output
+        output = self._call(bucket, packed, self._outbox)
+        self._outbox = output.token_ids
+        # The host reads a copy: the next step, dispatched before that, writes over the outbox.
+        return replace(output, token_ids=self._programs["copy_tokens"](self._outbox))
 
     def _call(self, bucket: DecodeBucket | RaggedBucket, *arguments: Any) -> StepOutput:
         step = self._programs[bucket]
@@ -135,7 +134,11 @@ class Runner:
         return wanted
 
     def _compile_all(self, use_tqdm: bool) -> dict[Any, jax.stages.Compiled]:
-        """Every program of the engine, compiled in threads: XLA lets go of Python's lock."""
+        """Every program of the engine, compiled in threads: XLA lets go of Python's lock.
+
+        They are lowered one after the other: that is Python's work, many times slower in threads that wait for its
+        lock, and in another order their texts differ, which the compile cache then does not know.
+        """
         jobs = self._lowerings()
         # Steps over as many tokens hold the same matrix products. First one of each size: XLA times the kernels for its
         # products, and finds its choice again in the others.
@@ -143,12 +146,17 @@ class Runner:
         programs: dict[Any, jax.stages.Compiled] = {}
         progress = tqdm(total=len(jobs), desc="Compiling", disable=not use_tqdm)
         executor = ThreadPoolExecutor(max_workers=os.cpu_count())
+
+        def collect(futures: dict[Future[jax.stages.Compiled], Any]) -> None:
+            for future in as_completed(futures):
+                programs[futures[future]] = future.result()
+                progress.update()
+
         try:
-            for keys in (leading, [key for key in jobs if key not in leading]):
-                futures = {executor.submit(lambda lower: lower().compile(), jobs[key]): key for key in keys}
-                for future in as_completed(futures):
-                    programs[futures[future]] = future.result()
-                    progress.update()
+            compiling = {executor.submit(jobs[key]().compile): key for key in leading}
+            lowered = {key: lower() for key, lower in jobs.items() if key not in leading}
+            collect(compiling)
+            collect({executor.submit(step.compile): key for key, step in lowered.items()})
         finally:
             # On Ctrl-C: nothing new is begun, and what is being written to the compile cache gets written whole.
             executor.shutdown(wait=True, cancel_futures=True)
@@ -178,4 +186,5 @@ class Runner:
         row = shapes(jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape[1:], array.dtype), state.rules))
         rows = RuleRows(row.counts, row.flags, row.bias, row.bad_words)
         jobs["set_rules"] = partial(set_rules.lower, state, int32(), rows)
+        jobs["copy_tokens"] = partial(jax.jit(jnp.copy).lower, int32(context.shape.num_slots + 1))
         return jobs
