@@ -43,7 +43,8 @@ def write(pages: jax.Array, keys: jax.Array, values: jax.Array, slots: jax.Array
     """A layer's pages with keys and values [T, K, H] at slots [T]; a slot past the end is dropped (padding)."""
     page_size = pages.shape[1]
     both = jnp.stack([keys, values], axis=2).astype(pages.dtype)  # [T, K, 2, H]
-    return pages.at[slots // page_size, slots % page_size].set(both, mode="drop")
+    # Without the promise (which padding, dropped, may break) a GPU writes 16-bit values by compare-and-swap, 5 times slower.
+    return pages.at[slots // page_size, slots % page_size].set(both, mode="drop", unique_indices=True)
 
 
 def read(pages: jax.Array, page_ids: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -23,7 +23,7 @@ from miniinfer_jax.cli.options import EngineOptions
 
 @dataclass(frozen=True)
 class Row:
-    """A batch of equal prompts; "latency" rows time first tokens and decode steps, "prefill" rows whole prompts."""
+    """A batch of equal prompts. Rows of one output token time whole prompts, others first tokens and decode steps."""
 
     name: str
     batch_size: int
@@ -34,7 +34,7 @@ class Row:
 ROWS = {
     "decode": (Row("B=1, short", 1, 128, 128), Row("B=64, 1k", 64, 1024, 128), Row("B=256, 1k", 256, 1024, 64)),
     "prefill": (Row("prefill 32 x 4,096", 32, 4096, 1),),
-    "small": (Row("B=1", 1, 16, 8), Row("B=4", 4, 32, 8)),
+    "small": (Row("B=1", 1, 16, 8), Row("B=4", 4, 32, 8), Row("prefill 4 x 32", 4, 32, 1)),
 }
 MAX_NUM_SEQS = 256
 
@@ -43,7 +43,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 def measure_ours(engine: EngineOptions, rows: list[Row], throughput: bool) -> None:
     """Every row in one engine, sized for the longest."""
-    from miniinfer_jax.benchmark.latency import measure_latency
+    from miniinfer_jax.benchmark.latency import measure_latency, measure_prefill
     from miniinfer_jax.benchmark.throughput import Workload, measure_throughput
 
     # Who starts first decodes until the last one starts: that needs room beside the row's own tokens.
@@ -56,9 +56,11 @@ def measure_ours(engine: EngineOptions, rows: list[Row], throughput: bool) -> No
     ):
         print(json.dumps(description), flush=True)
         for row in rows:
-            figures = measure_latency(llm, row.batch_size, row.input_len, row.output_len, ceilings)
-            rate = row.batch_size * row.input_len / figures["seconds_to_last_first_token"]
-            print(json.dumps({"row": row.name, "prompt_tokens_per_second": rate, **figures}), flush=True)
+            if row.output_len == 1:
+                figures = measure_prefill(llm, row.batch_size, row.input_len, ceilings)
+            else:
+                figures = measure_latency(llm, row.batch_size, row.input_len, row.output_len, ceilings)
+            print(json.dumps({"row": row.name, **figures}), flush=True)
         if throughput:
             figures = measure_throughput(llm, Workload(), max_num_seqs, ceilings, use_tqdm=False)
             print(json.dumps({"row": "nano-vllm's workload", **figures}), flush=True)

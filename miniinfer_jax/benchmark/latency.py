@@ -99,6 +99,31 @@ def measure_latency(llm: Any, batch_size: int, input_len: int, num_tokens: int, 
     }
 
 
+def measure_prefill(llm: Any, batch_size: int, input_len: int, ceilings: Ceilings) -> dict[str, Any]:
+    """Seconds from handing in a batch of equal prompts to the one token of the last; a run before it is not timed."""
+    prompts = _draw_prompts(llm, batch_size, input_len)
+    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=1, detokenize=False)
+
+    def seconds() -> float:
+        started_at = time.perf_counter()
+        for index, prompt in enumerate(prompts):
+            llm.engine.add_request(f"prefill-{index}", prompt, params, streams=False)
+        while llm.engine.has_unfinished_requests():
+            llm.engine.step()
+        return time.perf_counter() - started_at
+
+    _, elapsed = seconds(), seconds()
+    itemsize = itemsize_of(llm)
+    cost = prefill_cost(llm.model_config, [input_len] * batch_size, itemsize, itemsize)
+    return {
+        "batch_size": batch_size,
+        "input_len": input_len,
+        "seconds": elapsed,
+        "prompt_tokens_per_second": batch_size * input_len / elapsed,
+        "prefill_roofline": reached(cost, elapsed, ceilings),
+    }
+
+
 def profile_latency(llm: Any, figures: dict[str, Any], num_tokens: int, ceilings: Ceilings) -> dict[str, Any]:
     """The decode steps that `measure_latency` timed for these figures, once more, under the profiler."""
     batch_size = figures["batch_size"]
