@@ -43,7 +43,7 @@ def write(pages: jax.Array, keys: jax.Array, values: jax.Array, slots: jax.Array
     """A layer's pages with keys and values [T, K, H] at slots [T]; a slot past the end is dropped (padding)."""
     page_size = pages.shape[1]
     both = jnp.stack([keys, values], axis=2).astype(pages.dtype)  # [T, K, 2, H]
-    # Without the promise (which padding, dropped, may break) a GPU writes 16-bit values by compare-and-swap, 5 times slower.
+    # Without the promise (padding breaks it, and is dropped) a GPU would write 16-bit values by compare-and-swap.
     return pages.at[slots // page_size, slots % page_size].set(both, mode="drop", unique_indices=True)
 
 

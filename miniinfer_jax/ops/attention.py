@@ -13,6 +13,7 @@ import jax
 
 from miniinfer_jax.batch import DecodeInputs, PrefillInputs
 from miniinfer_jax.config import ConfigError, ModelConfig
+from miniinfer_jax.ops.attention_cudnn import cudnn_unsupported, prefill_cudnn
 from miniinfer_jax.ops.attention_kernels import decode_kernel, kernels_unsupported, prefill_kernel
 from miniinfer_jax.ops.attention_reference import ALL_ROWS, Tile, decode_reference, prefill_reference
 from miniinfer_jax.ops.linear import PLAIN, Products
@@ -58,6 +59,7 @@ def _reference(name: str, tile: Tile) -> AttentionBackend:
 
 BACKENDS: dict[str, AttentionBackend] = {
     "pallas": AttentionBackend("pallas", prefill_kernel, decode_kernel, kernels_unsupported, KERNELS),
+    "cudnn": AttentionBackend("cudnn", prefill_cudnn, decode_kernel, cudnn_unsupported, KERNELS),
     "xla": _reference("xla", ALL_ROWS),
     # Few at a time: what is gathered stays in a core's cache, and short rows do not wait for long ones.
     "xla-tiled": _reference("xla-tiled", Tile(num_rows=8, num_keys=64)),

@@ -93,7 +93,7 @@ def test_a_pool_too_small_for_one_request_says_what_to_raise(folder):
         ({"page_size": 0}, "page_size"),
         ({"dtype": "int8"}, "dtype"),
         ({"load_format": "gguf"}, "load_format"),
-        ({"attention_backend": "magic"}, "known: auto, pallas, xla, xla-tiled"),
+        ({"attention_backend": "magic"}, "known: auto, pallas, cudnn, xla, xla-tiled"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization"),
         ({"seed": -1}, "seed"),
     ],

@@ -230,7 +230,9 @@ def test_auto_passes_over_kernels_that_cannot_run_the_model(model, dtype, page_s
 
 
 def test_a_backend_that_cannot_run_is_refused_by_name():
-    with pytest.raises(ValueError, match="attention backend 'fast' is not known; known: auto, pallas, xla, xla-tiled"):
+    with pytest.raises(
+        ValueError, match="attention backend 'fast' is not known; known: auto, pallas, cudnn, xla, xla-tiled"
+    ):
         choose_backend("fast", MODEL, "bfloat16", 64, CPU)
     with pytest.raises(ValueError, match="'pallas' can't run this: it needs a Hopper GPU .* use auto, xla, xla-tiled"):
         choose_backend("pallas", MODEL, "bfloat16", 64, CPU)
