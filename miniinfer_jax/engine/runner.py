@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -54,7 +55,8 @@ class Runner:
         dtype = params.embedding.dtype.name
         self._cache = kv_cache.create(config, shape.num_pages, shape.page_size, dtype)
         self._state = create_state(shape.num_slots, shape.max_pages, config.vocab_size)
-        self._outbox = jnp.zeros((shape.num_slots + 1,), jnp.int32)  # where every decode step leaves its tokens
+        # The tokens of the last two decode steps, newest last; the older have been read, and give way to the next.
+        self._outboxes = deque(jnp.zeros((shape.num_slots + 1,), jnp.int32) for _ in range(2))
         self._sent_decode: tuple[np.ndarray, jax.Array | None] = np.empty(0), None
         self._programs = self._compile_all(use_tqdm)
 
@@ -99,10 +101,9 @@ class Runner:
         if isinstance(bucket, RaggedBucket):
             return self._call(bucket, pack_ragged(plan, bucket, self._context.shape))
         packed = self._send_decode(pack_decode(plan, bucket, self._context.shape))
-        output = self._call(bucket, packed, self._outbox)
-        self._outbox = output.token_ids
-        # The host reads a copy: the next step, dispatched before that, writes over the outbox.
-        return replace(output, token_ids=self._programs["copy_tokens"](self._outbox))
+        output = self._call(bucket, packed, self._outboxes.popleft())
+        self._outboxes.append(output.token_ids)
+        return output
 
     def _call(self, bucket: DecodeBucket | RaggedBucket, *arguments: Any) -> StepOutput:
         step = self._programs[bucket]
@@ -186,5 +187,4 @@ class Runner:
         row = shapes(jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape[1:], array.dtype), state.rules))
         rows = RuleRows(row.counts, row.flags, row.bias, row.bad_words)
         jobs["set_rules"] = partial(set_rules.lower, state, int32(), rows)
-        jobs["copy_tokens"] = partial(jax.jit(jnp.copy).lower, int32(context.shape.num_slots + 1))
         return jobs

@@ -43,10 +43,9 @@ def decode_step(
 ) -> StepResult:
     """The next token of each row; its last token comes from the state, where the new one is left.
 
-    outbox: longer than B, donated; its first entries become the tokens. With it nothing that the step reads or writes
-    moves from step to step, and XLA replays its CUDA graph as it is: it would look through all of it for one address
-    that changed. Longer, because XLA keeps temporaries in an output, and in an array that must keep its end it keeps
-    none.
+    outbox: longer than B, donated; its first entries become the tokens. XLA keeps temporaries in an output of its own
+    making, and would have to update most of its CUDA graph when the next step's output lies elsewhere; in an array that
+    must keep its end it keeps none.
     """
     slots, inputs, state = unpack_decode(packed, state, context.shape)
     hidden, cache = forward(context.config, params, cache, inputs, context.backend)
