@@ -2,6 +2,7 @@
 
 import enum
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from miniinfer_jax.sampling_params import SamplingParams
 
@@ -32,6 +33,9 @@ class Sequence:
     max_len: int  # prompt and outputs together: by max_tokens and max_model_len
     eos_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()  # params.bad_words as token ids
+    priority: int = 0  # the smaller, the more urgent
+    tenant: str = ""  # whom it is served for
+    expected_output_len: int | None = None  # somebody's guess; None: none but max_len
     output_token_ids: list[int] = field(default_factory=list)
     status: SequenceStatus = SequenceStatus.WAITING
     slot: int | None = None
@@ -40,8 +44,15 @@ class Sequence:
     num_in_flight: int = 0
     prefill_len: int = 0  # tokens to compute before decoding; set when the sequence is admitted
     num_preemptions: int = 0
+    arrival: int = 0  # tokens that the scheduler had planned before it came
+    num_charged: int = 0  # tokens that a policy has counted as served; counts up, also over preemptions
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    stop_token_ids: tuple[int, ...] = field(init=False)  # all that end it, and that min_tokens holds back
+
+    def __post_init__(self) -> None:
+        own = tuple(self.params.stop_token_ids or ())
+        self.stop_token_ids = own if self.params.ignore_eos else own + self.eos_token_ids
 
     @property
     def prompt_len(self) -> int:
@@ -78,12 +89,6 @@ class Sequence:
     def is_finished(self) -> bool:
         return self.status is SequenceStatus.FINISHED
 
-    @property
-    def stop_token_ids(self) -> tuple[int, ...]:
-        """Every token id that ends the sequence, and that min_tokens holds back."""
-        own = tuple(self.params.stop_token_ids or ())
-        return own if self.params.ignore_eos else own + self.eos_token_ids
-
     def append(self, token_id: int) -> None:
         """Takes the oldest in-flight token, now read back, and says in finish_reason whether it ends the sequence."""
         self.num_in_flight -= 1
@@ -96,8 +101,7 @@ class Sequence:
             self.finish_reason = "length"
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Tokens [start, start + length) of a sequence that go through the model in one step.
 
     A decoding sequence is a chunk of one token, which is already on the device. `samples`: the chunk ends at

@@ -1,12 +1,12 @@
 """What runs in the next step: shares the token budget, the slots and the pages among sequences. Plain integers only."""
 
-import heapq
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
 
 from miniinfer_jax.engine.page_allocator import PageAllocator
-from miniinfer_jax.engine.policies import POLICIES
+from miniinfer_jax.engine.policies import Policy
+from miniinfer_jax.engine.step_budget import StepBudget
+from miniinfer_jax.engine.waiting_queue import WaitingQueue
 from miniinfer_jax.sequence import Chunk, NewPage, Sequence, SequenceStatus, StepPlan
 
 
@@ -23,7 +23,8 @@ class Scheduler:
 
     Waiting sequences hold neither pages nor a slot. Nothing can lock up: `add` refuses what the whole pool could
     not hold, pages are taken from the sequence that is last by policy, so the first one always goes on, and with
-    nothing running the first waiting one always fits.
+    nothing running the first waiting one always fits. The order may change, but not for ever while no token is computed
+    for the first time: policies count those alone.
     """
 
     def __init__(
@@ -34,20 +35,21 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_pages_per_sequence: int,
-        policy: str = "fcfs",
+        policy: Policy | None = None,
+        step_budget: StepBudget | None = None,
     ) -> None:
-        if policy not in POLICIES:
-            raise ValueError(f"scheduling policy {policy!r} is not known; known: {', '.join(POLICIES)}")
         self.allocator = allocator
         self.page_size = page_size
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_pages_per_sequence = max_pages_per_sequence
+        self.step_budget = step_budget or StepBudget([max_num_batched_tokens])
         self.num_preemptions = 0
-        self._key = POLICIES[policy]
+        self.num_planned_tokens = 0
+        self._policy = policy or Policy()
         self._unfinished: dict[int, Sequence] = {}  # by sequence id, running or waiting
         self._running: dict[int, Sequence] = {}  # by sequence id
-        self._waiting: list[tuple[Any, Sequence]] = []  # a heap of (key, sequence); may hold finished ones
+        self._waiting = WaitingQueue(self._policy)
         self._free_slots = list(reversed(range(max_num_seqs)))
 
     @property
@@ -67,8 +69,9 @@ class Scheduler:
         if sequence.sequence_id in self._unfinished:
             raise ValueError(f"sequence id {sequence.sequence_id} is in use; give every sequence an id of its own")
         self.check_fits(sequence)
+        sequence.arrival = self.num_planned_tokens
         self._unfinished[sequence.sequence_id] = sequence
-        self._queue(sequence)
+        self._waiting.push(sequence)
 
     def check_fits(self, sequence: Sequence) -> None:
         """Raises ValueError, with what to raise and by how much, for a sequence too long for the whole pool."""
@@ -97,12 +100,23 @@ class Scheduler:
         The plan is empty when nothing waits, or when everything waits for tokens to be read by `update`.
         """
         plan = StepPlan()
-        for sequence, length in self._share_budget():
-            # Sequences come first by policy first and are preempted last first: what has a chunk keeps its pages.
-            if sequence.status is SequenceStatus.RUNNING and self._make_room(sequence, length, plan):
+        newcomer = self._give_way(plan) if self._policy.preempts else None
+        num_gave_way = len(plan.preempted)
+        decoding, prompts, budget = self._share_budget(newcomer)
+        if self._num_pages_wanted(decoding, prompts) <= self.allocator.num_free:
+            self._append_decoding(decoding, plan)
+            for sequence, length in prompts:
                 self._append_chunk(sequence, length, plan)
-        if not plan.preempted:  # a step that ran out of pages has none for newcomers
-            self._admit(plan)
+        else:
+            # Sequences come first by policy first and are preempted last first: what has a chunk keeps its pages.
+            shares = [(sequence, 1) for sequence in decoding] + prompts
+            order = {sequence: self._policy.order(sequence) for sequence, _ in shares}
+            for sequence, length in sorted(shares, key=lambda share: order[share[0]]):
+                if sequence.status is SequenceStatus.RUNNING and self._make_room(sequence, length, plan):
+                    self._append_chunk(sequence, length, plan)
+        if len(plan.preempted) == num_gave_way:  # a step that ran out of pages has none for newcomers
+            self._admit(plan, budget)
+        self.num_planned_tokens += plan.num_tokens
         return plan
 
     def update(self, plan: StepPlan, token_ids: Iterable[int | None]) -> list[Sequence]:
@@ -143,8 +157,8 @@ class Scheduler:
             raise RuntimeError(
                 f"running and free slots are {slots}; each of {self.max_num_seqs} slots must be there once"
             )
-        waiting = {sequence.sequence_id: sequence for _, sequence in self._waiting if not sequence.is_finished}
-        if waiting.keys() ^ self._running.keys() != self._unfinished.keys():
+        waiting = sorted(sequence.sequence_id for sequence in self._waiting)
+        if sorted([*waiting, *self._running]) != sorted(self._unfinished):
             raise RuntimeError("the running and the waiting sequences together are not the unfinished ones")
         for sequence in self._unfinished.values():
             is_running = sequence.sequence_id in self._running
@@ -159,32 +173,60 @@ class Scheduler:
     def _num_pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
-    def _queue(self, sequence: Sequence) -> None:
-        sequence.status = SequenceStatus.WAITING
-        heapq.heappush(self._waiting, (self._key(sequence), sequence))
+    def _give_way(self, plan: StepPlan) -> Sequence | None:
+        """Preempts what the first waiting sequence outranks, as much as it needs to start; that sequence, if it can.
 
-    def _first_waiting(self) -> Sequence | None:
-        while self._waiting and self._waiting[0][1].is_finished:
-            heapq.heappop(self._waiting)
-        return self._waiting[0][1] if self._waiting else None
-
-    def _share_budget(self) -> list[tuple[Sequence, int]]:
-        """Running sequences and how many tokens of each go into the step, first by policy first.
-
-        Each decoding sequence gets its token, so that a long prompt stops nobody's stream; prompts share the rest.
-        There is enough for all decoding ones: each needed a token of the budget, beside the others', to start decoding.
+        Nothing is preempted in vain: not for a sequence that would have to wait all the same.
         """
-        active = sorted((sequence for sequence in self._running.values() if not sequence.is_full), key=self._key)
-        budget = self.max_num_batched_tokens - sum(sequence.is_decoding for sequence in active)
-        shares = []
-        for sequence in active:
-            length = 1
-            if not sequence.is_decoding:
-                length = min(sequence.prefill_len - sequence.num_computed, budget)
-                budget -= length
+        sequence = self._waiting.first()
+        if sequence is None or sequence.num_in_flight > 0:
+            return None
+        behind = [running for running in self._running.values() if self._policy.outranks(sequence, running)]
+        if not behind:
+            return None
+        behind.sort(key=self._policy.order)
+        num_slots, num_pages = len(self._free_slots), self._num_unclaimed_pages() - self._claim(sequence)
+        num_decoding = sum(running.is_decoding for running in self._running.values())
+        num_tokens = self.max_num_batched_tokens - num_decoding
+        victims = []
+        while num_slots == 0 or num_tokens == 0 or num_pages < 0:
+            if not behind:
+                return None
+            victims.append(behind.pop())
+            num_slots += 1
+            num_tokens += victims[-1].is_decoding
+            num_pages += len(victims[-1].pages) + self._claim(victims[-1])
+        for victim in victims:
+            self._preempt(victim, plan)
+        return sequence
+
+    def _share_budget(self, newcomer: Sequence | None) -> tuple[list[Sequence], list[tuple[Sequence, int]], int]:
+        """Who decodes, which prompts go on with how many tokens each, and how many tokens of the step are left.
+
+        Each decoding sequence gets its token, so that a long prompt stops nobody's stream. There is enough for all:
+        each needed a token of the budget, beside the others', to start decoding. Prompts share the rest, first by
+        policy first; those that `newcomer` outranks leave it what it needs.
+        """
+        decoding, unfilled = [], []
+        for sequence in self._running.values():
+            if sequence.num_computed < sequence.prefill_len:
+                unfilled.append(sequence)
+            elif sequence.num_computed + 1 < sequence.max_len:  # else full: the tokens in flight complete it
+                decoding.append(sequence)
+        num_tokens = min(self.step_budget.num_tokens(len(decoding)), self.max_num_batched_tokens)
+        budget, shares = num_tokens - len(decoding), []
+        for sequence in sorted(unfilled, key=self._policy.order):
+            length = min(sequence.prefill_len - sequence.num_computed, budget)
+            if newcomer is not None and self._policy.outranks(newcomer, sequence):
+                length = min(length, budget - newcomer.num_known_tokens)
             if length > 0:
+                budget -= length
                 shares.append((sequence, length))
-        return shares
+        return decoding, shares, budget
+
+    def _num_pages_wanted(self, decoding: list[Sequence], prompts: list[tuple[Sequence, int]]) -> int:
+        num_begun = sum(sequence.num_computed % self.page_size == 0 for sequence in decoding)
+        return num_begun + sum(self._num_new_pages(sequence, length) for sequence, length in prompts)
 
     def _num_new_pages(self, sequence: Sequence, length: int) -> int:
         """Pages to add so that the next `length` tokens of a sequence have a place."""
@@ -193,41 +235,58 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, length: int, plan: StepPlan) -> bool:
         """Preempts the last sequences until the pages of a chunk are free; False if its own sequence had to go."""
         while self._num_new_pages(sequence, length) > self.allocator.num_free:
-            victim = max(self._running.values(), key=self._key)
-            self._preempt(victim)
-            plan.preempted.append(victim)
+            victim = max(self._running.values(), key=self._policy.order)
+            self._preempt(victim, plan)
             if victim is sequence:
                 return False
         return True
 
+    def _append_decoding(self, sequences: list[Sequence], plan: StepPlan) -> None:
+        """`_append_chunk` for one token of each, whose pages are free: the scheduler spends most of its time here."""
+        page_size = self.page_size
+        for sequence in sequences:
+            start = sequence.num_computed
+            if start % page_size == 0:
+                self._append_pages(sequence, 1, plan)
+            plan.chunks.append(Chunk(sequence, start, 1, True, True))
+            sequence.num_computed = start + 1
+            sequence.num_in_flight += 1
+        self._policy.on_scheduled(plan.chunks)
+
     def _append_chunk(self, sequence: Sequence, length: int, plan: StepPlan) -> None:
-        assert sequence.slot is not None
-        for page in self.allocator.allocate(self._num_new_pages(sequence, length)):
-            plan.new_pages.append(NewPage(sequence.slot, len(sequence.pages), page))
-            sequence.pages.append(page)
+        self._append_pages(sequence, self._num_new_pages(sequence, length), plan)
         start = sequence.num_computed
         samples = start + length >= sequence.prefill_len
         plan.chunks.append(Chunk(sequence, start, length, samples, is_decode=start >= sequence.prefill_len))
         sequence.num_computed += length
         sequence.num_in_flight += samples
+        self._policy.on_scheduled(plan.chunks[-1:])
 
-    def _admit(self, plan: StepPlan) -> None:
+    def _append_pages(self, sequence: Sequence, num_pages: int, plan: StepPlan) -> None:
+        assert sequence.slot is not None
+        for page in self.allocator.allocate(num_pages):
+            plan.new_pages.append(NewPage(sequence.slot, len(sequence.pages), page))
+            sequence.pages.append(page)
+
+    def _admit(self, plan: StepPlan, budget: int) -> None:
         """Starts waiting sequences, strictly in order of policy, while budget, slots and pages last."""
-        budget = self.max_num_batched_tokens - plan.num_tokens
         unclaimed: int | None = None  # summed over what runs, so only when somebody can use it
-        while budget > 0 and self._free_slots and (sequence := self._first_waiting()):
+        while budget > 0 and self._free_slots and (sequence := self._waiting.first()):
             if sequence.num_in_flight > 0:
                 break  # preempted: all tokens of a prefill come from the host, and some are still to be read
             if unclaimed is None:
-                unclaimed = self.allocator.num_free - sum(map(self._claim, self._running.values()))
+                unclaimed = self._num_unclaimed_pages()
             unclaimed -= self._claim(sequence)
             if unclaimed < 0:
                 break
-            heapq.heappop(self._waiting)
+            self._waiting.pop()
             self._start(sequence)
             length = min(sequence.prefill_len, budget)
             self._append_chunk(sequence, length, plan)
             budget -= length
+
+    def _num_unclaimed_pages(self) -> int:
+        return self.allocator.num_free - sum(map(self._claim, self._running.values()))
 
     def _claim(self, sequence: Sequence) -> int:
         """Pages that a sequence will soon want on top of its own: for all tokens so far and one page to grow.
@@ -244,10 +303,12 @@ class Scheduler:
         sequence.prefill_len = sequence.num_known_tokens  # the outputs too, after a preemption
         self._running[sequence.sequence_id] = sequence
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Sequence, plan: StepPlan) -> None:
         """Back to the queue, to be computed anew; tokens in flight are still good."""
+        plan.preempted.append(sequence)
         self._release(sequence)
-        self._queue(sequence)
+        sequence.status = SequenceStatus.WAITING
+        self._waiting.push(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
 
