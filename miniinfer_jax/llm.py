@@ -13,7 +13,8 @@ from miniinfer_jax.config import EngineConfig
 from miniinfer_jax.engine.compile_cache import enable_compile_cache
 from miniinfer_jax.engine.llm_engine import LLMEngine
 from miniinfer_jax.engine.memory import choose_dtype, default_device, default_page_size, default_token_budget, size_pool
-from miniinfer_jax.engine.validation import RequestError, encode
+from miniinfer_jax.engine.policies import make_policy
+from miniinfer_jax.engine.validation import RequestError, check_scheduling, encode
 from miniinfer_jax.models.decoder import param_specs
 from miniinfer_jax.outputs import CompletionOutput, RequestOutput, Score, TextDelta
 from miniinfer_jax.sampling_params import SamplingParams
@@ -37,6 +38,9 @@ class LLM:
     num_pages what `gpu_memory_utilization` leaves. load_format "dummy" makes random weights from config.json alone.
     deterministic: a request's tokens and log-probabilities are bitwise the same whatever runs beside it.
     logits_processors: pure functions (logits [B, V], SamplingInputs) -> logits, traced into the step.
+    scheduling_policy: who is served first, one of `engine.policies.POLICIES`, with `policy_options` of its own, such as
+    the weights of tenants. target_itl_ms: prompts are computed in parts so small that a request gets a token about
+    every so many milliseconds.
     Raises ValueError (ConfigError, CheckpointError, ...) for what it cannot load or run.
     """
 
@@ -57,6 +61,9 @@ class LLM:
         skip_tokenizer_init: bool = False,
         deterministic: bool = False,
         attention_backend: str = "auto",
+        scheduling_policy: str = "fcfs",
+        policy_options: Mapping[str, Any] | None = None,
+        target_itl_ms: float | None = None,
         logits_processors: Sequence[Any] = (),
         use_tqdm: bool = True,
     ) -> None:
@@ -76,7 +83,11 @@ class LLM:
             seed=seed,
             deterministic=deterministic,
             attention_backend=attention_backend,
+            scheduling_policy=scheduling_policy,
+            policy_options=dict(policy_options or {}),
+            target_itl_ms=target_itl_ms,
         )
+        make_policy(scheduling_policy, policy_options)  # the engine makes its own; a wrong one is said before loading
         enable_compile_cache()
         self.tokenizer = None if skip_tokenizer_init else load_tokenizer(folder)
         specs = param_specs(self.model_config, engine_config.dtype)
@@ -97,21 +108,28 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        priority: int | Sequence[int] = 0,
+        tenant: str | Sequence[str] = "",
+        expected_output_len: int | Sequence[int | None] | None = None,
     ) -> list[RequestOutput]:
         """Continues each prompt; outputs in the order of the prompts.
 
         A prompt is a text, {"prompt": text}, {"prompt_token_ids": ids}, {"messages": [...]} or a list of token ids. A
         request that cannot be served raises ValueError when it is the only one; among others it comes back alone with
-        `error` set and finish_reason "error", and the others finish.
+        `error` set and finish_reason "error", and the others finish. priority, tenant and expected_output_len are for
+        the scheduling policy, as in `LLMEngine.add_request`: one for all prompts, or a list with one a prompt.
         """
         prompts = self._as_list(prompts)
         params = self._params_for(prompts, sampling_params)
+        scheduling = _scheduling_for(len(prompts), priority, tenant, expected_output_len)
         outputs: dict[str, RequestOutput] = {}
         request_ids = []
         with tqdm(total=len(prompts), desc="Requests", unit="req", disable=not use_tqdm) as progress:
             try:
-                for prompt, one in zip(prompts, params, strict=True):
-                    request_ids.append(self._add_or_refuse(prompt, one, outputs, raises=len(prompts) == 1))
+                raises = len(prompts) == 1
+                for prompt, one, hints in zip(prompts, params, scheduling, strict=True):
+                    request_ids.append(self._add_or_refuse(prompt, one, hints, outputs, raises))
                 progress.update(len(outputs))
                 num_tokens = 0
                 waiting = set(request_ids) - set(outputs)
@@ -132,12 +150,16 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        **scheduling: Any,
     ) -> list[RequestOutput]:
-        """Answers a conversation, or each of several, of {"role", "content"} messages in the model's chat template."""
+        """Answers a conversation, or each of several, of {"role", "content"} messages in the model's chat template.
+
+        scheduling: as in `generate`.
+        """
         if not isinstance(messages, Sequence) or not messages:
             raise RequestError(f"messages is {messages!r:.80}; it must be a list of messages, or of such lists")
         conversations: Any = [messages] if isinstance(messages[0], Mapping) else messages
-        return self.generate([{"messages": one} for one in conversations], sampling_params, use_tqdm)
+        return self.generate([{"messages": one} for one in conversations], sampling_params, use_tqdm, **scheduling)
 
     def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
         """The token ids of a conversation, ready for the assistant's turn. Raises ValueError without a template."""
@@ -160,6 +182,10 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
+        tenant: str | Sequence[str] = "",
+        expected_output_len: int | Sequence[int | None] | None = None,
     ) -> Iterator[TextDelta]:
         """The continuations of all prompts piece by piece, as they come. Leaving the iterator early aborts the rest.
 
@@ -167,17 +193,23 @@ class LLM:
         """
         prompts = self._as_list(prompts)
         params = self._params_for(prompts, sampling_params)
-        requests = [(*self._tokenize(prompt), one) for prompt, one in zip(prompts, params, strict=True)]
-        for _, token_ids, one in requests:
+        scheduling = _scheduling_for(len(prompts), priority, tenant, expected_output_len)
+        requests = [
+            (*self._tokenize(prompt), one, hints)
+            for prompt, one, hints in zip(prompts, params, scheduling, strict=True)
+        ]
+        for _, token_ids, one, _ in requests:
             self.engine.check_request(token_ids, one)
         return self._deltas(requests)
 
-    def _deltas(self, requests: list[tuple[str | None, list[int], SamplingParams]]) -> Iterator[TextDelta]:
+    def _deltas(
+        self, requests: list[tuple[str | None, list[int], SamplingParams, dict[str, Any]]]
+    ) -> Iterator[TextDelta]:
         indices: dict[str, int] = {}
         shown: dict[tuple[str, int], CompletionOutput] = {}
         try:
-            for index, (text, token_ids, params) in enumerate(requests):
-                indices[self._add(text, token_ids, params, streams=True)] = index
+            for index, (text, token_ids, params, hints) in enumerate(requests):
+                indices[self._add(text, token_ids, params, hints, streams=True)] = index
             unfinished = set(indices)
             while unfinished:
                 for output in self._step(unfinished):
@@ -199,17 +231,24 @@ class LLM:
                 self._kept.setdefault(output.request_id, []).append(output)
         return [output for request_id in self._kept.keys() & request_ids for output in self._kept.pop(request_id)]
 
-    def _add(self, text: str | None, token_ids: list[int], params: SamplingParams, streams: bool) -> str:
+    def _add(
+        self, text: str | None, token_ids: list[int], params: SamplingParams, hints: dict[str, Any], streams: bool
+    ) -> str:
         request_id = f"{REQUEST_PREFIX}{next(self._request_ids)}"
-        self.engine.add_request(request_id, token_ids, params, text, streams=streams)
+        self.engine.add_request(request_id, token_ids, params, text, streams=streams, **hints)
         return request_id
 
     def _add_or_refuse(
-        self, prompt: Prompt, params: SamplingParams, outputs: dict[str, RequestOutput], raises: bool
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        hints: dict[str, Any],
+        outputs: dict[str, RequestOutput],
+        raises: bool,
     ) -> str:
         """Queues a request; one that is refused is put among the outputs, so that the others can go on."""
         try:
-            return self._add(*self._tokenize(prompt), params, streams=False)
+            return self._add(*self._tokenize(prompt), params, hints, streams=False)
         except ValueError as error:
             if raises:
                 raise
@@ -276,6 +315,27 @@ class LLM:
         if len(params) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts but {len(params)} sampling_params: give one, or one a prompt")
         return list(params)
+
+
+def _scheduling_for(
+    num_prompts: int,
+    priority: int | Sequence[int],
+    tenant: str | Sequence[str],
+    expected_output_len: int | Sequence[int | None] | None,
+) -> list[dict[str, Any]]:
+    """By prompt, what `add_request` takes for the scheduling policy. Raises RequestError for what it would refuse."""
+    given = {"priority": priority, "tenant": tenant, "expected_output_len": expected_output_len}
+    columns = []
+    for name, value in given.items():
+        is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        column = list(value) if is_list else [value] * num_prompts
+        if len(column) != num_prompts:
+            raise RequestError(f"{num_prompts} prompts but {len(column)} of {name}: give one, or one a prompt")
+        columns.append(column)
+    rows = [dict(zip(given, row, strict=True)) for row in zip(*columns, strict=True)]
+    for row in rows:
+        check_scheduling(**row)
+    return rows
 
 
 def _score(output: RequestOutput) -> Score:

@@ -14,15 +14,18 @@ from miniinfer_jax.engine.batching import CacheShape
 from miniinfer_jax.engine.buckets import choose_buckets, token_budget
 from miniinfer_jax.engine.detokenizer import Detokenizer
 from miniinfer_jax.engine.page_allocator import PageAllocator
+from miniinfer_jax.engine.policies import make_policy
 from miniinfer_jax.engine.request import Continuation, Request, position_logprobs
 from miniinfer_jax.engine.runner import Runner, StepInFlight
 from miniinfer_jax.engine.scheduler import Scheduler
+from miniinfer_jax.engine.step_budget import StepBudget
 from miniinfer_jax.engine.steps import LogitsProcessor, StepContext
 from miniinfer_jax.engine.validation import (
     RequestError,
     bad_word_ids,
     check_params,
     check_prompt,
+    check_scheduling,
     check_something_allowed,
 )
 from miniinfer_jax.models.decoder import DecoderParams
@@ -67,6 +70,7 @@ class LLMEngine:
         self.engine_config = engine_config
         self.max_model_len = engine_config.max_model_len
         self.tokenizer = tokenizer
+        policy = make_policy(engine_config.scheduling_policy, engine_config.policy_options)
         page_size = engine_config.page_size
         max_pages = -(-self.max_model_len // page_size)
         shape = CacheShape(engine_config.num_pages, page_size, engine_config.max_num_seqs, max_pages)
@@ -80,13 +84,17 @@ class LLMEngine:
         self._runner = Runner(context, params, buckets, use_tqdm=use_tqdm)
         if on_gpu:
             self._runner.warm_up()
+        target = None if engine_config.target_itl_ms is None else engine_config.target_itl_ms / 1e3
         self._scheduler = Scheduler(
             PageAllocator(engine_config.num_pages),
             page_size=page_size,
             max_num_seqs=engine_config.max_num_seqs,
             max_num_batched_tokens=token_budget(engine_config),
             max_pages_per_sequence=max_pages,
+            policy=policy,
+            step_budget=StepBudget(sorted({bucket.num_tokens for bucket in buckets.ragged}), target),
         )
+        self._measures_steps, self._last_read = target is not None, 0.0
         self._requests: dict[str, Request] = {}
         self._owners: dict[Sequence, tuple[Request, Continuation]] = {}
         self._in_flight: deque[StepInFlight] = deque()
@@ -114,13 +122,23 @@ class LLMEngine:
         prompt: str | None = None,
         *,
         streams: bool = True,
+        priority: int = 0,
+        tenant: str = "",
+        expected_output_len: int | None = None,
     ) -> None:
-        """Queues a request. Raises ValueError, with nothing changed, for one that this engine cannot serve."""
+        """Queues a request. Raises ValueError, with nothing changed, for one that this engine cannot serve.
+
+        For the scheduling policies that ask for it: a smaller `priority` is more urgent, `tenant` is whom the request is
+        for, `expected_output_len` a guess of the tokens that it will generate.
+        """
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use; give every request an id of its own")
         self.check_request(prompt_token_ids, params)
+        check_scheduling(priority, tenant, expected_output_len)
         sequences = [self._make_sequence(index, prompt_token_ids, params) for index in range(params.n)]
         for sequence in sequences:
+            sequence.priority, sequence.tenant = priority, tenant
+            sequence.expected_output_len = expected_output_len
             self._scheduler.add(sequence)
         self._num_requests += 1
         continuations = [self._make_continuation(index, sequence) for index, sequence in enumerate(sequences)]
@@ -213,6 +231,8 @@ class LLMEngine:
     def _collect(self, step: StepInFlight) -> list[RequestOutput]:
         """Takes the results of a step: tokens to their sequences, and what follows from them."""
         token_ids, samples = step.token_ids().tolist(), step.plan.samples
+        if self._measures_steps:
+            self._measure(step)
         live = [(row, sequence) for row, sequence in samples if not sequence.is_finished]
         tokens = [token_ids[row] if token_ids[row] >= 0 else None for row, _ in samples]
         self._take_prompt_logprobs(step)
@@ -231,6 +251,13 @@ class LLMEngine:
             elif request.streams:
                 outputs.append(request.output())
         return outputs
+
+    def _measure(self, step: StepInFlight) -> None:
+        """Tells the budget what a step took, now that it was read: since the one before it, or since it was sent."""
+        now = time.monotonic()
+        if not step.plan.is_decode_only:
+            self._scheduler.step_budget.observe(step.plan.num_tokens, now - max(self._last_read, step.sent))
+        self._last_read = now
 
     def _take_token(self, request: Request, continuation: Continuation, row: int, step: StepInFlight) -> None:
         """The newest token of a sequence: its time, its log-probabilities, its text, and a stop string in it."""

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -28,10 +29,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepInFlight:
-    """A dispatched step: its plan, and the arrays that will hold its results."""
+    """A dispatched step: its plan, the arrays that will hold its results, and when it was sent, as time.monotonic()."""
 
     plan: StepPlan
     output: StepOutput
+    sent: float
 
     def token_ids(self) -> np.ndarray:
         """[B], -1 where nothing could be drawn; waits for the step to end."""
@@ -70,10 +72,11 @@ class Runner:
             bucket = self._buckets.for_rows(len(plan.chunks), plan.is_plain)
         else:
             bucket = self._buckets.for_chunks(plan.num_tokens, len(plan.chunks), plan.is_plain)
+        sent = time.monotonic()
         output = self._dispatch(bucket, plan)
         for array in self._wanted(plan, output):
             array.copy_to_host_async()
-        return StepInFlight(plan, output)
+        return StepInFlight(plan, output, sent)
 
     def warm_up(self) -> None:
         """Runs every step twice over nothing but padding, which leaves no trace.

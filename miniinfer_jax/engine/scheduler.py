@@ -108,12 +108,7 @@ class Scheduler:
             for sequence, length in prompts:
                 self._append_chunk(sequence, length, plan)
         else:
-            # Sequences come first by policy first and are preempted last first: what has a chunk keeps its pages.
-            shares = [(sequence, 1) for sequence in decoding] + prompts
-            order = {sequence: self._policy.order(sequence) for sequence, _ in shares}
-            for sequence, length in sorted(shares, key=lambda share: order[share[0]]):
-                if sequence.status is SequenceStatus.RUNNING and self._make_room(sequence, length, plan):
-                    self._append_chunk(sequence, length, plan)
+            self._share_pages({**dict.fromkeys(decoding, 1), **dict(prompts)}, plan)
         if len(plan.preempted) == num_gave_way:  # a step that ran out of pages has none for newcomers
             self._admit(plan, budget)
         self.num_planned_tokens += plan.num_tokens
@@ -232,14 +227,23 @@ class Scheduler:
         """Pages to add so that the next `length` tokens of a sequence have a place."""
         return self._num_pages_for(sequence.num_computed + length) - len(sequence.pages)
 
-    def _make_room(self, sequence: Sequence, length: int, plan: StepPlan) -> bool:
-        """Preempts the last sequences until the pages of a chunk are free; False if its own sequence had to go."""
-        while self._num_new_pages(sequence, length) > self.allocator.num_free:
-            victim = max(self._running.values(), key=self._policy.order)
-            self._preempt(victim, plan)
-            if victim is sequence:
-                return False
-        return True
+    def _share_pages(self, lengths: dict[Sequence, int], plan: StepPlan) -> None:
+        """Appends chunks of these lengths while pages are too few: the last sequences by policy lose theirs.
+
+        The order is that of before the step, for a chunk may move its sequence: what has one keeps its pages.
+        """
+        line = sorted(self._running.values(), key=self._policy.order)
+        for sequence in line.copy():
+            if sequence in lengths and self._make_room(sequence, lengths[sequence], line, plan):
+                self._append_chunk(sequence, lengths[sequence], plan)
+
+    def _make_room(self, sequence: Sequence, length: int, line: list[Sequence], plan: StepPlan) -> bool:
+        """Preempts from the end of the line until the pages of a chunk are free; False if its own sequence had to go."""
+        while sequence.status is SequenceStatus.RUNNING:
+            if self._num_new_pages(sequence, length) <= self.allocator.num_free:
+                return True
+            self._preempt(line.pop(), plan)
+        return False
 
     def _append_decoding(self, sequences: list[Sequence], plan: StepPlan) -> None:
         """`_append_chunk` for one token of each, whose pages are free: the scheduler spends most of its time here."""

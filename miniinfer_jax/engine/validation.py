@@ -38,6 +38,16 @@ def check_params(params: SamplingParams, vocab_size: int, has_tokenizer: bool) -
                 raise RequestError(f"{name} needs a tokenizer, and this model was loaded without one")
 
 
+def check_scheduling(priority: int, tenant: str, expected_output_len: int | None) -> None:
+    """Raises RequestError for what no scheduling policy could read."""
+    if not _is_integer(priority):
+        raise RequestError(f"priority is {priority!r}; it must be an integer, a smaller one is more urgent")
+    if not isinstance(tenant, str):
+        raise RequestError(f"tenant is {tenant!r}; it must be a string")
+    if expected_output_len is not None and not (_is_integer(expected_output_len) and expected_output_len > 0):
+        raise RequestError(f"expected_output_len is {expected_output_len!r}; it must be a positive integer, or None")
+
+
 def encode(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
     """The token ids of a text. Raises RequestError for one that has no UTF-8, such as a lone surrogate."""
     try:
@@ -83,5 +93,9 @@ def bad_word_ids(params: SamplingParams, tokenizer: Any) -> tuple[tuple[int, ...
 
 def _check_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
     for token_id in token_ids:
-        if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
+        if not _is_integer(token_id) or not 0 <= token_id < vocab_size:
             raise RequestError(f"{name} holds the token id {token_id!r}; the vocabulary is 0 to {vocab_size - 1}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
