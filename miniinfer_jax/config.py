@@ -115,7 +115,7 @@ class EngineConfig:
 
     Sizes left at None are chosen when the engine starts, from the model and the device's memory. scheduling_policy and
     policy_options are the name and the arguments of a policy in `engine/policies.py`. target_itl_ms: milliseconds from
-    a token of a request to its next, which prompts have to leave room for; None: prompts are computed as fast as it goes.
+    a token of a request to its next, to which prompts have to keep; None: prompts are computed as fast as it goes.
     """
 
     max_num_seqs: int = 256

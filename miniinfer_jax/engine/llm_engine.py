@@ -128,8 +128,8 @@ class LLMEngine:
     ) -> None:
         """Queues a request. Raises ValueError, with nothing changed, for one that this engine cannot serve.
 
-        For the scheduling policies that ask for it: a smaller `priority` is more urgent, `tenant` is whom the request is
-        for, `expected_output_len` a guess of the tokens that it will generate.
+        For the scheduling policies that ask: a smaller `priority` is more urgent, `tenant` is whom the request is for,
+        `expected_output_len` a guess of how many tokens it will generate.
         """
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use; give every request an id of its own")

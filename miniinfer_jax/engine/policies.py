@@ -1,14 +1,14 @@
 """Who is served first: a policy is a sort key, the smallest first, and what makes the key change.
 
-A key is compared while sequences run; of a waiting one it is taken when it joins the queue, and kept. No policy
-reads a clock: time is counted in tokens that the engine computes, so that a run can be repeated decision by decision.
-Service is counted once a token: what a preemption has computed anew costs its owner nothing.
+Of a running sequence the key is read whenever it is needed; of a waiting one when it joins the queue, and kept. No
+policy reads a clock: time is counted in tokens that the engine computes, so that a run can be repeated decision by
+decision. Service is counted once a token: what a preemption has computed anew costs its owner nothing.
 """
 
 import inspect
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence as Several
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from miniinfer_jax.sequence import Chunk, Sequence
@@ -21,6 +21,7 @@ class Policy:
     """First come, first served, and all that other policies change of it."""
 
     preempts: ClassVar[bool] = False  # whether `outranks` is ever true
+    num_reorders: int = 0  # counted up when the keys of waiting sequences have changed all at once
 
     def key(self, sequence: Sequence) -> Any:
         """Where a sequence stands in its group. Keys of two sequences differ."""
@@ -45,7 +46,7 @@ class Policy:
     def on_group_joined(self, group: str, ahead: str | None) -> None:
         """A group begins to wait. ahead: the group that is first by now, or if nobody waits, was the last to start."""
 
-    def on_scheduled(self, chunks: Several[Chunk]) -> None:
+    def on_scheduled(self, chunks: list[Chunk]) -> None:
         """These chunks are in the step that is being planned."""
 
 
@@ -99,10 +100,14 @@ class Fair(Policy):
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
         if not isinstance(weights, Mapping | None):
             raise ValueError(f"weights is {weights!r}; give a weight by tenant, for example {{'alice': 2}}")
+        for tenant in weights or {}:
+            if not isinstance(tenant, str):
+                raise ValueError(f"weights names the tenant {tenant!r}; a tenant is a string")
         self.weights = {
             tenant: _positive(f"the weight of tenant {tenant!r}", weight) for tenant, weight in (weights or {}).items()
         }
         self.counters: defaultdict[str, float] = defaultdict(float)
+        self._most_counters = 1024
 
     def group(self, sequence: Sequence) -> str:
         return sequence.tenant
@@ -112,9 +117,15 @@ class Fair(Policy):
 
     def on_group_joined(self, group: str, ahead: str | None) -> None:
         if ahead is not None:
-            self.counters[group] = max(self.counters[group], self.counters[ahead])
+            least = self.counters[ahead]
+            self.counters[group] = max(self.counters[group], least)
+            if len(self.counters) > self._most_counters:
+                # Whoever has less does not wait, and would be lifted: to forget it changes nothing.
+                kept = {tenant: counter for tenant, counter in self.counters.items() if counter >= least}
+                self.counters = defaultdict(float, kept)
+                self._most_counters = max(1024, 2 * len(kept))
 
-    def on_scheduled(self, chunks: Several[Chunk]) -> None:
+    def on_scheduled(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
             tenant = chunk.sequence.tenant
             self.counters[tenant] += _new_service(chunk) / self.weights.get(tenant, 1.0)
@@ -124,38 +135,37 @@ class MultiQueue(Policy):
     """Multi-level feedback: new sequences first, and each goes down a level whenever it has used up its quantum.
 
     Quanta of service double from level to level, `quantum` at level 0. A lower level gives way to a higher one when
-    slots or pages lack, once its prompt is computed. After `boost_interval` of service all sequences are back at level
-    0, and those that wait stay ahead of all that come later: nothing starves.
+    slots or pages lack, once its prompt is computed. Within a level the order is that of arrival. After every
+    `boost_interval` of service all sequences are back at level 0, so the oldest comes first: nothing starves.
     """
 
     preempts = True
 
     def __init__(self, quantum: int = 512, num_levels: int = 6, boost_interval: int = 1_000_000) -> None:
-        self.quantum = _positive("quantum", quantum)
-        self.num_levels = _positive("num_levels", num_levels)
-        self.boost_interval = _positive("boost_interval", boost_interval)
-        self._num_boosts = 0
+        self.quantum = _positive("quantum", quantum, int)
+        self.num_levels = _positive("num_levels", num_levels, int)
+        self.boost_interval = _positive("boost_interval", boost_interval, int)
         self._served: dict[int, int] = {}  # by sequence id, since the last boost
         self._total_served = 0
 
     def level(self, sequence: Sequence) -> int:
         # Quanta q, 2q, 4q, ... are used up after q, 3q, 7q, ...
-        num_quanta = int(self._served.get(sequence.sequence_id, 0) // self.quantum) + 1
+        num_quanta = self._served.get(sequence.sequence_id, 0) // self.quantum + 1
         return min(num_quanta.bit_length(), self.num_levels) - 1
 
-    def key(self, sequence: Sequence) -> tuple[int, int, int]:
-        return self._num_boosts, self.level(sequence), sequence.sequence_id
+    def key(self, sequence: Sequence) -> tuple[int, int]:
+        return self.level(sequence), sequence.sequence_id
 
     def outranks(self, waiting: Sequence, running: Sequence) -> bool:
         return running.is_decoding and self.level(waiting) < self.level(running)
 
-    def on_scheduled(self, chunks: Several[Chunk]) -> None:
+    def on_scheduled(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
             service, sequence_id = _new_service(chunk), chunk.sequence.sequence_id
             self._served[sequence_id] = self._served.get(sequence_id, 0) + service
             self._total_served += service
         if self._total_served >= self.boost_interval:
-            self._num_boosts += 1
+            self.num_reorders += 1
             self._served.clear()
             self._total_served = 0
 
@@ -193,8 +203,8 @@ def _new_service(chunk: Chunk) -> int:
     return PROMPT_TOKEN_COST * (end - start - num_outputs) + OUTPUT_TOKEN_COST * num_outputs
 
 
-def _positive(name: str, value: Any) -> Any:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{name} is {value!r}; it must be a positive number")
+def _positive(name: str, value: Any, kind: Any = int | float) -> Any:
+    is_kind = isinstance(value, kind) and not isinstance(value, bool)
+    if not is_kind or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} is {value!r}; it must be a positive {'integer' if kind is int else 'number'}")
     return value

@@ -238,7 +238,7 @@ class Scheduler:
                 self._append_chunk(sequence, lengths[sequence], plan)
 
     def _make_room(self, sequence: Sequence, length: int, line: list[Sequence], plan: StepPlan) -> bool:
-        """Preempts from the end of the line until the pages of a chunk are free; False if its own sequence had to go."""
+        """Preempts from the line's end until the pages of a chunk are free; False if its own sequence had to go."""
         while sequence.status is SequenceStatus.RUNNING:
             if self._num_new_pages(sequence, length) <= self.allocator.num_free:
                 return True

@@ -12,7 +12,8 @@ class WaitingQueue:
     """A heap of sequences for every group of the policy, and a heap of the groups.
 
     While a group waits its key may only grow, so an entry that is out of date stands too near to the front, never too
-    far behind: it is put right when it comes up. Sequences that end while they wait leave when they come up.
+    far behind: it is put right when it comes up. Sequences that end while they wait leave when they come up. Keys of all
+    sequences change at once, which costs O(n), only when the policy says so.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -21,6 +22,7 @@ class WaitingQueue:
         self._order: list[tuple[float, int, str]] = []  # (key, number, group), one entry for each of _groups
         self._num_joined = 0  # numbers the groups: of two with the same key, the one that waits longer is first
         self._last_started: str | None = None
+        self._num_reorders = policy.num_reorders
 
     def __iter__(self) -> Iterator[Sequence]:
         """All that wait, in no order."""
@@ -41,6 +43,8 @@ class WaitingQueue:
 
     def first(self) -> Sequence | None:
         """The sequence that is to start next."""
+        if self._num_reorders != self._policy.num_reorders:
+            self._reorder()
         while self._order:
             key, number, group = self._order[0]
             heap = self._live(group)
@@ -60,6 +64,13 @@ class WaitingQueue:
         self._last_started = self._policy.group(sequence)
         heapq.heappop(self._groups[self._last_started])
         return sequence
+
+    def _reorder(self) -> None:
+        self._num_reorders = self._policy.num_reorders
+        for group, heap in self._groups.items():
+            live = (sequence for _, sequence in heap if not sequence.is_finished)
+            self._groups[group] = [(self._policy.key(sequence), sequence) for sequence in live]
+            heapq.heapify(self._groups[group])
 
     def _live(self, group: str) -> list[tuple[Any, Sequence]]:
         """The heap of a group, its first sequence one that still waits; empty if none does."""
