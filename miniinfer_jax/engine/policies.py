@@ -8,10 +8,10 @@ decision. Service is counted once a token: what a preemption has computed anew c
 import inspect
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from miniinfer_jax.sequence import Chunk, Sequence
+from miniinfer_jax.sequence import Sequence
 
 PROMPT_TOKEN_COST = 1
 OUTPUT_TOKEN_COST = 2  # as in the VTC paper
@@ -20,7 +20,7 @@ OUTPUT_TOKEN_COST = 2  # as in the VTC paper
 class Policy:
     """First come, first served, and all that other policies change of it."""
 
-    preempts: ClassVar[bool] = False  # whether `outranks` is ever true
+    preempts: ClassVar[bool] = False  # whether anything is ever outranked
     num_reorders: int = 0  # counted up when the keys of waiting sequences have changed all at once
 
     def key(self, sequence: Sequence) -> Any:
@@ -35,19 +35,19 @@ class Policy:
         """Where a group stands; it may only grow while sequences of the group wait."""
         return 0.0
 
-    def order(self, sequence: Sequence) -> tuple[float, Any]:
+    def order(self, sequence: Sequence) -> Any:
         """Where a sequence stands now among all."""
-        return self.group_key(self.group(sequence)), self.key(sequence)
+        return self.key(sequence)
 
-    def outranks(self, waiting: Sequence, running: Sequence) -> bool:
-        """Whether a running sequence has to give its slot or its pages to a waiting one."""
-        return False
+    def outranked(self, waiting: Sequence, running: Iterable[Sequence]) -> list[Sequence]:
+        """Those of `running` that have to give their slots or their pages to a waiting sequence."""
+        return []
 
     def on_group_joined(self, group: str, ahead: str | None) -> None:
         """A group begins to wait. ahead: the group that is first by now, or if nobody waits, was the last to start."""
 
-    def on_scheduled(self, chunks: list[Chunk]) -> None:
-        """These chunks are in the step that is being planned."""
+    def on_computed(self, sequences: list[Sequence]) -> None:
+        """The step that is being planned computes these up to their num_computed."""
 
 
 class ShortestJobFirst(Policy):
@@ -82,8 +82,8 @@ class Priority(Policy):
     def key(self, sequence: Sequence) -> tuple[int, int]:
         return sequence.priority, sequence.sequence_id
 
-    def outranks(self, waiting: Sequence, running: Sequence) -> bool:
-        return waiting.priority < running.priority
+    def outranked(self, waiting: Sequence, running: Iterable[Sequence]) -> list[Sequence]:
+        return [sequence for sequence in running if waiting.priority < sequence.priority]
 
 
 class Fair(Policy):
@@ -115,6 +115,9 @@ class Fair(Policy):
     def group_key(self, group: str) -> float:
         return self.counters[group]
 
+    def order(self, sequence: Sequence) -> tuple[float, int]:
+        return self.counters[sequence.tenant], sequence.sequence_id
+
     def on_group_joined(self, group: str, ahead: str | None) -> None:
         if ahead is not None:
             least = self.counters[ahead]
@@ -125,10 +128,12 @@ class Fair(Policy):
                 self.counters = defaultdict(float, kept)
                 self._most_counters = max(1024, 2 * len(kept))
 
-    def on_scheduled(self, chunks: list[Chunk]) -> None:
-        for chunk in chunks:
-            tenant = chunk.sequence.tenant
-            self.counters[tenant] += _new_service(chunk) / self.weights.get(tenant, 1.0)
+    def on_computed(self, sequences: list[Sequence]) -> None:
+        service: defaultdict[str, int] = defaultdict(int)
+        for sequence, cost in zip(sequences, _charge(sequences), strict=True):
+            service[sequence.tenant] += cost
+        for tenant, cost in service.items():
+            self.counters[tenant] += cost / self.weights.get(tenant, 1.0)
 
 
 class MultiQueue(Policy):
@@ -156,14 +161,23 @@ class MultiQueue(Policy):
     def key(self, sequence: Sequence) -> tuple[int, int]:
         return self.level(sequence), sequence.sequence_id
 
-    def outranks(self, waiting: Sequence, running: Sequence) -> bool:
-        return running.is_decoding and self.level(waiting) < self.level(running)
+    def outranked(self, waiting: Sequence, running: Iterable[Sequence]) -> list[Sequence]:
+        level = self.level(waiting)
+        if level == self.num_levels - 1:
+            return []
+        served, used_up = self._served, self.quantum * (2 ** (level + 1) - 1)
+        return [
+            sequence
+            for sequence in running
+            if served.get(sequence.sequence_id, 0) >= used_up and sequence.num_computed >= sequence.prefill_len
+        ]
 
-    def on_scheduled(self, chunks: list[Chunk]) -> None:
-        for chunk in chunks:
-            service, sequence_id = _new_service(chunk), chunk.sequence.sequence_id
-            self._served[sequence_id] = self._served.get(sequence_id, 0) + service
-            self._total_served += service
+    def on_computed(self, sequences: list[Sequence]) -> None:
+        served = self._served
+        costs = _charge(sequences)
+        for sequence, cost in zip(sequences, costs, strict=True):
+            served[sequence.sequence_id] = served.get(sequence.sequence_id, 0) + cost
+        self._total_served += sum(costs)
         if self._total_served >= self.boost_interval:
             self.num_reorders += 1
             self._served.clear()
@@ -192,15 +206,22 @@ def make_policy(name: str, options: Mapping[str, Any] | None = None) -> Policy:
     return POLICIES[name](**(options or {}))
 
 
-def _new_service(chunk: Chunk) -> int:
-    """What the tokens of a chunk cost that are computed for the first time; from now on they are paid for."""
-    sequence, end = chunk.sequence, chunk.start + chunk.length
-    start = max(chunk.start, sequence.num_charged)
-    if end <= start:
-        return 0
-    sequence.num_charged = end
-    num_outputs = end - max(start, min(end, sequence.prompt_len))
-    return PROMPT_TOKEN_COST * (end - start - num_outputs) + OUTPUT_TOKEN_COST * num_outputs
+def _charge(sequences: list[Sequence]) -> list[int]:
+    """What the tokens of each cost that are computed for the first time; from now on they are paid for."""
+    costs = []
+    for sequence in sequences:
+        num_new = sequence.num_computed - sequence.num_charged
+        if num_new <= 0:
+            costs.append(0)
+            continue
+        num_prompt = len(sequence.prompt_token_ids) - sequence.num_charged
+        sequence.num_charged += num_new
+        if num_prompt > 0:
+            num_prompt = min(num_prompt, num_new)
+            costs.append(PROMPT_TOKEN_COST * num_prompt + OUTPUT_TOKEN_COST * (num_new - num_prompt))
+        else:
+            costs.append(OUTPUT_TOKEN_COST * num_new)
+    return costs
 
 
 def _positive(name: str, value: Any, kind: Any = int | float) -> Any:

@@ -176,10 +176,9 @@ class Scheduler:
         sequence = self._waiting.first()
         if sequence is None or sequence.num_in_flight > 0:
             return None
-        behind = [running for running in self._running.values() if self._policy.outranks(sequence, running)]
+        behind = self._policy.outranked(sequence, self._running.values())
         if not behind:
             return None
-        behind.sort(key=self._policy.order)
         num_slots, num_pages = len(self._free_slots), self._num_unclaimed_pages() - self._claim(sequence)
         num_decoding = sum(running.is_decoding for running in self._running.values())
         num_tokens = self.max_num_batched_tokens - num_decoding
@@ -187,7 +186,8 @@ class Scheduler:
         while num_slots == 0 or num_tokens == 0 or num_pages < 0:
             if not behind:
                 return None
-            victims.append(behind.pop())
+            victims.append(max(behind, key=self._policy.order))
+            behind.remove(victims[-1])
             num_slots += 1
             num_tokens += victims[-1].is_decoding
             num_pages += len(victims[-1].pages) + self._claim(victims[-1])
@@ -209,10 +209,11 @@ class Scheduler:
             elif sequence.num_computed + 1 < sequence.max_len:  # else full: the tokens in flight complete it
                 decoding.append(sequence)
         num_tokens = min(self.step_budget.num_tokens(len(decoding)), self.max_num_batched_tokens)
+        outranked = self._policy.outranked(newcomer, unfilled) if newcomer else []
         budget, shares = num_tokens - len(decoding), []
         for sequence in sorted(unfilled, key=self._policy.order):
             length = min(sequence.prefill_len - sequence.num_computed, budget)
-            if newcomer is not None and self._policy.outranks(newcomer, sequence):
+            if newcomer and sequence in outranked:
                 length = min(length, budget - newcomer.num_known_tokens)
             if length > 0:
                 budget -= length
@@ -255,7 +256,7 @@ class Scheduler:
             plan.chunks.append(Chunk(sequence, start, 1, True, True))
             sequence.num_computed = start + 1
             sequence.num_in_flight += 1
-        self._policy.on_scheduled(plan.chunks)
+        self._policy.on_computed(sequences)
 
     def _append_chunk(self, sequence: Sequence, length: int, plan: StepPlan) -> None:
         self._append_pages(sequence, self._num_new_pages(sequence, length), plan)
@@ -264,7 +265,7 @@ class Scheduler:
         plan.chunks.append(Chunk(sequence, start, length, samples, is_decode=start >= sequence.prefill_len))
         sequence.num_computed += length
         sequence.num_in_flight += samples
-        self._policy.on_scheduled(plan.chunks[-1:])
+        self._policy.on_computed([sequence])
 
     def _append_pages(self, sequence: Sequence, num_pages: int, plan: StepPlan) -> None:
         assert sequence.slot is not None

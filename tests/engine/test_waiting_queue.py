@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from miniinfer_jax.engine.policies import Fair, MultiQueue, Policy
 from miniinfer_jax.engine.waiting_queue import WaitingQueue
 from miniinfer_jax.sampling_params import SamplingParams
-from miniinfer_jax.sequence import Chunk, Sequence, SequenceStatus
+from miniinfer_jax.sequence import Sequence, SequenceStatus
 
 PARAMS = SamplingParams()
 
@@ -17,7 +17,8 @@ def make_sequence(sequence_id: int, tenant: str = "") -> Sequence:
 
 
 def charge(policy: Policy, sequence: Sequence, num_tokens: int) -> None:
-    policy.on_scheduled([Chunk(sequence, sequence.num_charged, num_tokens, False, False)])
+    sequence.num_computed = sequence.num_charged + num_tokens
+    policy.on_computed([sequence])
 
 
 ACTIONS = st.lists(
