@@ -4,11 +4,11 @@ from miniinfer_jax.engine.prefix_cache import Prefix
 from miniinfer_jax.sequence import Sequence, SequenceStatus, StepPlan
 
 
-def inherited_prefix(sequence: Sequence, page_size: int) -> Prefix:
+def inherited_prefix(sequence: Sequence, plan: StepPlan, page_size: int) -> Prefix:
     """What a running parent has computed of a waiting sequence's tokens; nothing if it does not run.
 
     Whole pages may be shared while the step that fills them is planned; a part is copied before that step, and so
-    ends where the parent's latest chunk began.
+    ends where the parent's latest chunk began, and if the page is to be a copy itself, is taken where that comes from.
     """
     parent = sequence.parent
     if parent is None or not _agrees(parent, sequence):
@@ -19,7 +19,9 @@ def inherited_prefix(sequence: Sequence, page_size: int) -> Prefix:
     num_written = min(max_len, parent.last_chunk_start)
     if num_written <= whole.num_tokens:
         return whole
-    return Prefix(whole.pages, num_written, part_page=parent.pages[num_full])
+    page = parent.pages[num_full]
+    sources = {copy.target: copy.source for copy in plan.copies}
+    return Prefix(whole.pages, num_written, part_page=sources.get(page, page))
 
 
 def place_behind_parent(sequence: Sequence, plan: StepPlan) -> int | None:

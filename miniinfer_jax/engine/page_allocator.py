@@ -41,17 +41,14 @@ class PageAllocator:
             self._references[page] = 1
         return pages
 
-    def share(self, pages: Iterable[int]) -> list[int]:
-        """One more reference to each of `pages`, which are used or cached; gives those that were cached."""
-        revived = []
+    def share(self, pages: Iterable[int]) -> None:
+        """One more reference to each of `pages`, which are used or cached."""
         for page in pages:
             if self._references[page] == 0:
                 if not self._is_kept[page]:
                     raise RuntimeError(f"page {page} is shared, and it is free")
                 self.num_cached -= 1
-                revived.append(page)
             self._references[page] += 1
-        return revived
 
     def free(self, pages: Iterable[int]) -> list[int]:
         """Drops one reference to each of `pages`; gives those that are only cached now. Without references and not

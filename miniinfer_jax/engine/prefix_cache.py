@@ -28,11 +28,7 @@ class Prefix:
 
 
 class Node:
-    """A full page of the tree: its tokens follow those of its ancestors. A root is the empty prefix of one salt.
-
-    `pins` counts what keeps it from eviction: 1 if a running sequence references its page, and 1 a pinned child. So
-    whatever hangs below a node without pins has none either, and can be evicted from the leaves on.
-    """
+    """A full page of the tree: its tokens follow those of its ancestors. A root is the empty prefix of one salt."""
 
     __slots__ = (
         "children",
@@ -43,7 +39,6 @@ class Node:
         "ordered",
         "page",
         "parent",
-        "pins",
         "plan",
         "salt",
         "tokens",
@@ -58,7 +53,6 @@ class Node:
         self.depth: int = 0 if parent is None else parent.depth + 1  # pages from the root
         self.children: dict[tuple[int, ...], Node] = {}
         self.ordered: list[tuple[int, ...]] = []  # the keys of children: neighbours have the most in common
-        self.pins = 0
         self.plan = 0  # the number of the plan that fills the page
         self.last_used = 0
         self.is_attached = True
@@ -68,8 +62,8 @@ class PrefixCache:
     """A radix tree over page-sized runs of tokens, and the door to the page pool for everybody who shares pages.
 
     Nodes are found by comparing tokens, one salt apart from the other. A page stays in the tree when its last
-    sequence ends, and is evicted when somebody needs a page: the leaf that went unused for longest first, in O(log n).
-    Not enabled, it keeps nothing; pages can still be shared.
+    sequence ends, and is evicted when somebody needs a page: the leaf that nobody holds and that went unused for
+    longest first, in O(log n). Not enabled, it keeps nothing; pages can still be shared.
 
     Pages enter when the step that fills them is planned. The device runs steps in order and, in each layer, writes
     before it attends: a whole page may be shared at once. The copy of a part is made in front of the step, and so
@@ -80,7 +74,6 @@ class PrefixCache:
         self.allocator = allocator
         self.enabled = enabled
         self.num_evictions = 0
-        self.num_evictable = 0  # nodes without pins
         self._page_size = page_size
         self._token_bytes = struct.Struct(f"<{page_size}q")
         self._roots: dict[str | None, Node] = {}
@@ -89,12 +82,12 @@ class PrefixCache:
         self._plan = 0
         self._clock = 0
         self._serial = 0
-        self._oldest: list[tuple[int, int, Node]] = []  # heap of (last used, -, leaf); those out of date are skipped
+        self._oldest: list[tuple[int, int, Node]] = []  # heap of (last used, -, node); those out of date are skipped
 
     @property
     def num_available(self) -> int:
-        """Pages that can be allocated: free ones, and cached ones that can be evicted."""
-        return self.allocator.num_free + self.num_evictable
+        """Pages that can be allocated: free ones, and cached ones, which are evicted for it."""
+        return self.allocator.num_free + self.allocator.num_cached
 
     def begin_plan(self) -> None:
         """From here on, pages that enter are filled by the next plan."""
@@ -160,47 +153,41 @@ class PrefixCache:
 
     def allocate(self, num_pages: int) -> list[int]:
         """Pages to write to, evicting as many as are missing."""
-        while self.allocator.num_free < num_pages and self.num_evictable:
+        while self.allocator.num_free < num_pages and self.allocator.num_cached:
             self._evict()
         return self.allocator.allocate(num_pages)
 
     def share(self, pages: Iterable[int]) -> None:
-        """One more reference to each page; none of them can be evicted."""
-        for page in self.allocator.share(pages):
-            self._pin(self._nodes[page])
+        """One more reference to each page, which nobody can evict until it is released."""
+        self.allocator.share(pages)
 
     def release(self, pages: list[int]) -> None:
         """Drops one reference to each page: it is cached or free when it was the last."""
         self._clock += 1
-        for page in self.allocator.free(reversed(pages)):
-            self._unpin(self._nodes[page])
+        for page in self.allocator.free(reversed(pages)):  # a child before its parent: so they will be evicted
+            self._list(self._nodes[page])
 
-    def num_unpinned(self, pages: Iterable[int]) -> int:
-        """How many of `pages` can be evicted, and could not any more once they are shared."""
-        return sum(page in self._nodes and not self._nodes[page].pins for page in pages)
+    def num_idle(self, pages: Iterable[int]) -> int:
+        """How many of `pages` are cached, and could not be evicted any more once they are shared."""
+        return sum(self.allocator.num_references(page) == 0 for page in pages)
 
     def check(self, owners: Iterable[Iterable[int]]) -> None:
         """Raises RuntimeError unless the pages are owned as often as they are referenced, and the tree is sound."""
         self.allocator.check(owners, self._nodes)
-        todo, attached = list(self._roots.values()), []
+        todo, num_nodes = list(self._roots.values()), 0
         while todo:
             node = todo.pop()
-            attached.append(node)
             todo += node.children.values()
-            pins = sum(child.pins > 0 for child in node.children.values())
-            if node.parent is not None:
-                pins += self.allocator.num_references(node.page) > 0
-                if self._nodes.get(node.page) is not node:
-                    raise RuntimeError(f"page {node.page} is in the tree, and not under its number")
-            if not node.is_attached or node.pins != pins or sorted(node.children) != node.ordered:
-                raise RuntimeError(f"the node of page {node.page} has {node.pins} pins and {pins} reasons for them")
-        in_tree = [node for node in attached if node.parent is not None]
-        evictable = [node for node in in_tree if not node.pins]
+            num_nodes += node.parent is not None
+            if node.parent is not None and self._nodes.get(node.page) is not node:
+                raise RuntimeError(f"page {node.page} is in the tree, and not under its number")
+            if not node.is_attached or sorted(node.children) != node.ordered:
+                raise RuntimeError(f"the node of page {node.page} and its children do not know each other")
+        if num_nodes != len(self._nodes):
+            raise RuntimeError(f"{num_nodes} pages are in the tree, {len(self._nodes)} are counted")
         listed = {node for stamp, _, node in self._oldest if self._is_evictable(node, stamp)}
-        if len(in_tree) != len(self._nodes) or len(evictable) != self.num_evictable:
-            raise RuntimeError(f"{len(in_tree)} nodes, {len(evictable)} to evict; counted {self.num_evictable}")
-        if listed != {node for node in evictable if not node.children}:
-            raise RuntimeError("the leaves that can be evicted are not those on the list")
+        if len(listed) != self.allocator.num_cached:
+            raise RuntimeError(f"{len(listed)} pages are listed for eviction, {self.allocator.num_cached} are cached")
 
     def _place(self, sequence: Sequence) -> Node | None:
         """Where a sequence stands in the tree, as deep as known; None while there is nothing under its salt."""
@@ -228,79 +215,58 @@ class PrefixCache:
         key = hashlib.sha256(parent.key + self._token_bytes.pack(*tokens)).digest()
         node = Node(parent.salt, parent, tokens, page, key)
         node.plan = self._plan
-        node.pins = 1
         self.allocator.keep(page)
         self._nodes[page] = parent.children[tokens] = node
         insort(parent.ordered, tokens)
-        self._pin(parent)
         return node
 
-    def _detach(self, node: Node) -> None:
-        """Takes a node out of its parent, and a root without children out of the roots."""
-        parent = node.parent
+    def _cut(self, top: Node) -> None:
+        """Takes out a node and all that hangs below it, and a root that is left without children."""
+        parent = top.parent
         assert parent is not None
-        del parent.children[node.tokens]
-        del parent.ordered[bisect_left(parent.ordered, node.tokens)]
+        del parent.children[top.tokens]
+        del parent.ordered[bisect_left(parent.ordered, top.tokens)]
         if parent.parent is None and not parent.children:
             parent.is_attached = False
             del self._roots[parent.salt]
-        elif parent.parent is not None and not parent.children and not parent.pins:
-            self._list_leaf(parent)
-
-    def _drop(self, node: Node) -> None:
-        """The page of a node is no longer kept."""
-        node.is_attached = False
-        self.num_evictable -= not node.pins
-        del self._nodes[node.page]
-        self.allocator.drop(node.page)
-
-    def _cut(self, top: Node) -> None:
-        """Takes out a child of a root and all that hangs below it."""
-        assert top.parent is not None and top.parent.parent is None
-        top.parent.pins -= top.pins > 0
-        self._detach(top)
         todo = [top]
         while todo:
             node = todo.pop()
             todo += node.children.values()
-            self._drop(node)
+            node.is_attached = False
+            del self._nodes[node.page]
+            self.allocator.drop(node.page)
 
     def _evict(self) -> None:
-        """Frees the page of the leaf that went unused for longest."""
+        """Takes out the leaf that nobody holds and that went unused for longest.
+
+        Who holds a page holds its ancestors too, and they are used later than it. Not so who computed a page that
+        others had put in before: their page can be the oldest, with a child that is in use. It goes when nothing else
+        is left, and the child loses its place.
+        """
         while True:
             last_used, _, node = heapq.heappop(self._oldest)
-            if self._is_evictable(node, last_used):
+            if not self._is_evictable(node, last_used):
+                continue
+            if not node.children or last_used == self._clock:
                 break
-        self._drop(node)
-        self._detach(node)
+            self._list(node)
+        self._cut(node)
         self.num_evictions += 1
 
     def _is_evictable(self, node: Node, last_used: int) -> bool:
-        return node.is_attached and not node.pins and not node.children and node.last_used == last_used
+        return (
+            node.is_attached and node.last_used == last_used and self.allocator.num_references(node.page) == 0
+        )
 
-    def _list_leaf(self, leaf: Node) -> None:
+    def _list(self, node: Node) -> None:
+        """Puts a node that nobody holds on the list of those to evict, as used now."""
         self._serial += 1
-        heapq.heappush(self._oldest, (leaf.last_used, self._serial, leaf))
+        node.last_used = self._clock
+        heapq.heappush(self._oldest, (self._clock, self._serial, node))
         if len(self._oldest) > 2 * len(self._nodes) + 64:
             self._oldest = [entry for entry in self._oldest if self._is_evictable(entry[2], entry[0])]
             heapq.heapify(self._oldest)
-
-    def _pin(self, node: Node) -> None:
-        node.pins += 1
-        while node.pins == 1 and node.parent is not None:
-            self.num_evictable -= 1
-            node = node.parent
-            node.pins += 1
-
-    def _unpin(self, node: Node) -> None:
-        node.pins -= 1
-        while node.pins == 0 and node.parent is not None:
-            self.num_evictable += 1
-            node.last_used = self._clock
-            if not node.children:
-                self._list_leaf(node)
-            node = node.parent
-            node.pins -= 1
 
 
 def _path(node: Node) -> list[int]:

@@ -283,7 +283,7 @@ class Scheduler:
                 break
             if unclaimed is None:
                 unclaimed = self.prefix_cache.num_available - sum(self._claim(s, plan) for s in self._running.values())
-            prefix, claim = self._find_prefix(sequence, place is not None, unclaimed)
+            prefix, claim = self._find_prefix(sequence, plan, place is not None, unclaimed)
             if claim > unclaimed:
                 break
             length = min(sequence.num_known_tokens - prefix.num_tokens, budget)
@@ -293,7 +293,9 @@ class Scheduler:
             unclaimed -= claim
             budget -= length
 
-    def _find_prefix(self, sequence: Sequence, draws_with_parent: bool, unclaimed: int) -> tuple[Prefix, int]:
+    def _find_prefix(
+        self, sequence: Sequence, plan: StepPlan, draws_with_parent: bool, unclaimed: int
+    ) -> tuple[Prefix, int]:
         """What is computed of a waiting sequence's tokens, and the pages of its start and its claim that are not.
 
         Pages that nobody runs with cost as much as new ones: sharing them, or holding one for a copy, keeps them from
@@ -307,10 +309,11 @@ class Scheduler:
             is_part_filled = prefix.num_tokens % self.page_size > 0
             return prefix, num_pages - len(prefix.pages) + is_part_filled
         found = self.prefix_cache.match(sequence, sequence.max_shared_len)
-        prefix = max(inherited_prefix(sequence, self.page_size), found, key=lambda prefix: prefix.num_tokens)
-        claim = num_pages - len(prefix.pages) + self.prefix_cache.num_unpinned(prefix.pages)
+        inherited = inherited_prefix(sequence, plan, self.page_size)
+        prefix = inherited if inherited.num_tokens > found.num_tokens else found
+        claim = num_pages - len(prefix.pages) + self.prefix_cache.num_idle(prefix.pages)
         if prefix.part_page is not None:
-            num_held = self.prefix_cache.num_unpinned([prefix.part_page])
+            num_held = self.prefix_cache.num_idle([prefix.part_page])
             if claim + num_held <= unclaimed:
                 return prefix, claim + num_held
             prefix = prefix.without_part(self.page_size)
