@@ -185,7 +185,7 @@ class LLM:
         return self._deltas(requests)
 
     def fork(self, request_id: str, new_request_id: str | None = None, *, seed: int | None = None) -> str:
-        """`LLMEngine.fork`, for requests of `LLM.engine`; gives the id of the new request, made up if it is not given."""
+        """`LLMEngine.fork` of a request of `LLM.engine`; gives the new request's id, made up if it is not given."""
         if new_request_id is None:
             new_request_id = f"{request_id}-fork-{next(self._request_ids)}"
         self.engine.fork(request_id, new_request_id, seed=seed)

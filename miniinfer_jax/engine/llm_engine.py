@@ -160,7 +160,8 @@ class LLMEngine:
         request = self._requests.get(request_id)
         if request is None:
             raise RequestError(
-                f"request {request_id!r} cannot be forked: it has ended, or was never added; fork it before its last output"
+                f"request {request_id!r} cannot be forked: it has ended, or was never added; "
+                "fork it before its last output"
             )
         self._check_new_id(new_request_id)
         check_seed(seed)
@@ -186,9 +187,7 @@ class LLMEngine:
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use; give every request an id of its own")
 
-    def check_request(
-        self, prompt_token_ids: list[int], params: SamplingParams, cache_salt: str | None = None
-    ) -> None:
+    def check_request(self, prompt_token_ids: list[int], params: SamplingParams, cache_salt: str | None = None) -> None:
         """Raises ValueError for a request that this engine cannot serve, however idle it is; queues nothing."""
         check_cache_salt(cache_salt)
         vocab_size = self.model_config.vocab_size

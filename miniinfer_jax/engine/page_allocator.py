@@ -1,4 +1,4 @@
-"""Which pages of the cache are free, which only the prefix cache keeps, and how often each of the others is referenced."""
+"""Which pages of the pool are free, which are cached, and how often each of the others is referenced."""
 
 from collections import Counter
 from collections.abc import Iterable

@@ -113,7 +113,7 @@ class PrefixCache:
         return Prefix(_path(node), node.depth * self._page_size + part_len, part_page)
 
     def insert(self, sequence: Sequence) -> None:
-        """Takes in the full pages of a running sequence whose tokens are known; where others were first, theirs stay."""
+        """Takes in the full pages of known tokens of a running sequence; where others were first, theirs stay."""
         num_full = min(sequence.num_known_tokens, sequence.num_computed) // self._page_size
         if not self.enabled or num_full == 0:
             return
@@ -255,9 +255,7 @@ class PrefixCache:
         self.num_evictions += 1
 
     def _is_evictable(self, node: Node, last_used: int) -> bool:
-        return (
-            node.is_attached and node.last_used == last_used and self.allocator.num_references(node.page) == 0
-        )
+        return node.is_attached and node.last_used == last_used and self.allocator.num_references(node.page) == 0
 
     def _list(self, node: Node) -> None:
         """Puts a node that nobody holds on the list of those to evict, as used now."""

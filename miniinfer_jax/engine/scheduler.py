@@ -139,10 +139,8 @@ class Scheduler:
         return finished
 
     def discard(self, plan: StepPlan) -> None:
-        """Takes back a plan that did not reach the device: its sequences are computed anew, and nothing of it is cached.
-
-        The plan must be the last one.
-        """
+        """Takes back the last plan, which did not reach the device: its sequences are computed anew, and what it would
+        have filled is not cached."""
         for sequence, samples in [(chunk.sequence, chunk.samples) for chunk in plan.chunks]:
             if sequence.status is SequenceStatus.RUNNING:
                 self.prefix_cache.forget(sequence)
@@ -232,9 +230,7 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence, length: int, plan: StepPlan) -> bool:
         """Preempts the last sequences until the pages of a chunk can be had; False if its own sequence had to go."""
-        while (
-            self._num_new_pages(sequence, length) + self._must_copy(sequence, plan) > self.prefix_cache.num_available
-        ):
+        while self._num_new_pages(sequence, length) + self._must_copy(sequence, plan) > self.prefix_cache.num_available:
             victim = max(self._running.values(), key=self._key)
             self._preempt(victim)
             plan.preempted.append(victim)

@@ -303,9 +303,7 @@ class EngineMachine(RuleBasedStateMachine):
             if sequence in self.num_scored and not chunk.is_decode and chunk.length > 0:
                 num_scored = self.num_scored[sequence]
                 assert num_scored == sequence.prompt_len or chunk.start < num_scored, "a token is never scored"
-                self.num_scored[sequence] = max(
-                    num_scored, min(chunk.start + chunk.length + 1, sequence.prompt_len)
-                )
+                self.num_scored[sequence] = max(num_scored, min(chunk.start + chunk.length + 1, sequence.prompt_len))
                 sequence.num_unscored = sequence.prompt_len - self.num_scored[sequence]
 
     @precondition(lambda self: self.pending)
