@@ -128,6 +128,7 @@ class EngineConfig:
     seed: int = 0
     deterministic: bool = False
     attention_backend: str = "auto"
+    enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"
     policy_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     target_itl_ms: float | None = None
@@ -138,6 +139,10 @@ class EngineConfig:
             optional = name in ("max_model_len", "num_pages") and value is None
             is_size = isinstance(value, int) and not isinstance(value, bool) and value > 0
             _require(optional or is_size, f"{name} is {value!r}; it must be a positive integer")
+        _require(
+            isinstance(self.enable_prefix_caching, bool),
+            f"enable_prefix_caching is {self.enable_prefix_caching!r}; it must be True or False",
+        )
         _require(
             0.0 < self.gpu_memory_utilization <= 1.0,
             f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be in (0, 1]",

@@ -93,7 +93,9 @@ def bench_scheduler(
     for policy in policies.split(","):
         for num_queued in map(int, queued.split(",")):
             row = {"policy": policy, "num_running": num_running, "num_queued": num_queued}
-            times = {name: round(value, 4) for name, value in measure(policy, num_running, num_queued, num_steps).items()}
+            times = {
+                name: round(value, 4) for name, value in measure(policy, num_running, num_queued, num_steps).items()
+            }
             print(json.dumps({**row, **times, "python": platform.python_version()}), flush=True)
 
 

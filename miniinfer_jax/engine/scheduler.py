@@ -3,11 +3,13 @@
 from collections import Counter
 from collections.abc import Iterable
 
+from miniinfer_jax.engine.inheritance import inherited_prefix, place_behind_parent
 from miniinfer_jax.engine.page_allocator import PageAllocator
 from miniinfer_jax.engine.policies import Policy
+from miniinfer_jax.engine.prefix_cache import Prefix, PrefixCache
 from miniinfer_jax.engine.step_budget import StepBudget
 from miniinfer_jax.engine.waiting_queue import WaitingQueue
-from miniinfer_jax.sequence import Chunk, NewPage, Sequence, SequenceStatus, StepPlan
+from miniinfer_jax.sequence import Chunk, NewPage, PageCopy, Sequence, SequenceStatus, StepPlan
 
 
 class Scheduler:
@@ -19,8 +21,10 @@ class Scheduler:
 
     The pages of the pool, and what a running sequence holds of them (one slot, one row of the page table):
 
-        [ free | sequence in slot 0 | sequence in slot 1 | ... ]     pages_for(num_computed) pages each
+        [ free | cached | shared by several | sequence in slot 0 | ... ]     pages_for(num_computed) pages each
 
+    A page is shared as long as it is full, or nobody writes to it: who writes to a shared page gets a copy. Cached
+    pages are as good as free ones.
     Waiting sequences hold neither pages nor a slot. Nothing can lock up: `add` refuses what the whole pool could
     not hold, pages are taken from the sequence that is last by policy, so the first one always goes on, and with
     nothing running the first waiting one always fits. The order may change, but not for ever while no token is computed
@@ -37,8 +41,10 @@ class Scheduler:
         max_pages_per_sequence: int,
         policy: Policy | None = None,
         step_budget: StepBudget | None = None,
+        enable_prefix_caching: bool = False,
     ) -> None:
         self.allocator = allocator
+        self.prefix_cache = PrefixCache(allocator, page_size, enabled=enable_prefix_caching)
         self.page_size = page_size
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -46,6 +52,8 @@ class Scheduler:
         self.step_budget = step_budget or StepBudget([max_num_batched_tokens])
         self.num_preemptions = 0
         self.num_planned_tokens = 0
+        self.num_prefix_queries = 0  # tokens of the sequences that started
+        self.num_prefix_hits = 0  # those of them that were in pages already
         self._policy = policy or Policy()
         self._unfinished: dict[int, Sequence] = {}  # by sequence id, running or waiting
         self._running: dict[int, Sequence] = {}  # by sequence id
@@ -100,10 +108,11 @@ class Scheduler:
         The plan is empty when nothing waits, or when everything waits for tokens to be read by `update`.
         """
         plan = StepPlan()
+        self.prefix_cache.begin_plan()
         newcomer = self._give_way(plan) if self._policy.preempts else None
         num_gave_way = len(plan.preempted)
         decoding, prompts, budget = self._share_budget(newcomer)
-        if self._num_pages_wanted(decoding, prompts) <= self.allocator.num_free:
+        if self._has_pages_for(decoding, prompts, plan):
             self._append_decoding(decoding, plan)
             for sequence, length in prompts:
                 self._append_chunk(sequence, length, plan)
@@ -111,6 +120,8 @@ class Scheduler:
             self._share_pages({**dict.fromkeys(decoding, 1), **dict(prompts)}, plan)
         if len(plan.preempted) == num_gave_way:  # a step that ran out of pages has none for newcomers
             self._admit(plan, budget)
+        if plan.copies:
+            self.prefix_cache.release([copy.source for copy in plan.copies])  # the next plan may overwrite them
         self.num_planned_tokens += plan.num_tokens
         return plan
 
@@ -126,12 +137,32 @@ class Scheduler:
                 continue
             if token_id is None:
                 sequence.finish_reason = "error"
+                self.prefix_cache.forget(sequence)
             else:
                 sequence.append(token_id)
+                if sequence.num_known_tokens % self.page_size == 0:
+                    self.prefix_cache.insert(sequence)
             if sequence.finish_reason is not None:
                 self._retire(sequence)
                 finished.append(sequence)
         return finished
+
+    def discard(self, plan: StepPlan) -> None:
+        """Takes back the last plan, which did not reach the device: its sequences are computed anew, and what it would
+        have filled is not cached."""
+        for sequence, samples in [(chunk.sequence, chunk.samples) for chunk in plan.chunks]:
+            if sequence.status is SequenceStatus.RUNNING:
+                self.prefix_cache.forget(sequence)
+                sequence.num_in_flight -= samples
+                sequence.num_computed = 0  # nothing to take into the cache
+                self._preempt(sequence, plan)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached pages; False, with nothing changed, while any sequence runs: it may share them."""
+        if self._running:
+            return False
+        self.prefix_cache.clear()
+        return True
 
     def finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         """Ends a sequence now, waiting or running; one that has ended keeps the reason it has."""
@@ -146,7 +177,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Raises RuntimeError unless each page and each slot is free or has exactly the owners that it counts."""
-        self.allocator.check(sequence.pages for sequence in self._running.values())
+        self.prefix_cache.check(sequence.pages for sequence in self._running.values())
         slots = [sequence.slot for sequence in self._running.values()] + self._free_slots
         if Counter(slots) != Counter(range(self.max_num_seqs)):
             raise RuntimeError(
@@ -179,7 +210,8 @@ class Scheduler:
         behind = self._policy.outranked(sequence, self._running.values())
         if not behind:
             return None
-        num_slots, num_pages = len(self._free_slots), self._num_unclaimed_pages() - self._claim(sequence)
+        num_slots, num_pages = len(self._free_slots), self._num_unclaimed_pages(plan)
+        num_pages -= self._find_prefix(sequence, plan, False, num_pages)[1]
         num_decoding = sum(running.is_decoding for running in self._running.values())
         num_tokens = self.max_num_batched_tokens - num_decoding
         victims = []
@@ -190,7 +222,8 @@ class Scheduler:
             behind.remove(victims[-1])
             num_slots += 1
             num_tokens += victims[-1].is_decoding
-            num_pages += len(victims[-1].pages) + self._claim(victims[-1])
+            num_pages += self._claim(victims[-1], plan)
+            num_pages += sum(self.allocator.num_references(page) == 1 for page in victims[-1].pages)
         for victim in victims:
             self._preempt(victim, plan)
         return sequence
@@ -220,13 +253,28 @@ class Scheduler:
                 shares.append((sequence, length))
         return decoding, shares, budget
 
-    def _num_pages_wanted(self, decoding: list[Sequence], prompts: list[tuple[Sequence, int]]) -> int:
-        num_begun = sum(sequence.num_computed % self.page_size == 0 for sequence in decoding)
-        return num_begun + sum(self._num_new_pages(sequence, length) for sequence, length in prompts)
+    def _has_pages_for(self, decoding: list[Sequence], prompts: list[tuple[Sequence, int]], plan: StepPlan) -> bool:
+        """Whether all of these can have the pages they want, looked at closely only when there are few."""
+        num_left = self.prefix_cache.num_available
+        num_left -= sum(self._num_wanted(sequence, length, plan) for sequence, length in prompts)
+        return (
+            len(decoding) <= num_left or sum(self._num_wanted(sequence, 1, plan) for sequence in decoding) <= num_left
+        )
+
+    def _num_wanted(self, sequence: Sequence, length: int, plan: StepPlan) -> int:
+        """Pages that the next `length` tokens of a sequence take out of the pool."""
+        return self._num_new_pages(sequence, length) + self._must_copy(sequence, plan)
 
     def _num_new_pages(self, sequence: Sequence, length: int) -> int:
         """Pages to add so that the next `length` tokens of a sequence have a place."""
         return self._num_pages_for(sequence.num_computed + length) - len(sequence.pages)
+
+    def _must_copy(self, sequence: Sequence, plan: StepPlan) -> bool:
+        """Whether the page that a sequence writes to next is part-filled and others hold it too."""
+        column, offset = divmod(sequence.num_computed, self.page_size)
+        if offset == 0 or (num_owners := self.allocator.num_references(sequence.pages[column])) == 1:
+            return False
+        return num_owners - sum(copy.source == sequence.pages[column] for copy in plan.copies) > 1
 
     def _share_pages(self, lengths: dict[Sequence, int], plan: StepPlan) -> None:
         """Appends chunks of these lengths while pages are too few: the last sequences by policy lose theirs.
@@ -239,74 +287,136 @@ class Scheduler:
                 self._append_chunk(sequence, lengths[sequence], plan)
 
     def _make_room(self, sequence: Sequence, length: int, line: list[Sequence], plan: StepPlan) -> bool:
-        """Preempts from the line's end until the pages of a chunk are free; False if its own sequence had to go."""
+        """Preempts from the line's end until a chunk can have its pages; False if its own sequence had to go."""
         while sequence.status is SequenceStatus.RUNNING:
-            if self._num_new_pages(sequence, length) <= self.allocator.num_free:
+            if self._num_wanted(sequence, length, plan) <= self.prefix_cache.num_available:
                 return True
             self._preempt(line.pop(), plan)
         return False
 
     def _append_decoding(self, sequences: list[Sequence], plan: StepPlan) -> None:
-        """`_append_chunk` for one token of each, whose pages are free: the scheduler spends most of its time here."""
-        page_size = self.page_size
+        """A chunk of one token for each, whose pages can be had: the scheduler spends most of its time here."""
+        page_size, num_references = self.page_size, self.allocator.num_references
         for sequence in sequences:
             start = sequence.num_computed
-            if start % page_size == 0:
-                self._append_pages(sequence, 1, plan)
+            offset = start % page_size
+            if offset == 0 or offset == page_size - 1 or num_references(sequence.pages[-1]) > 1:
+                self._append_chunk(sequence, 1, plan)
+                continue
             plan.chunks.append(Chunk(sequence, start, 1, True, True))
             sequence.num_computed = start + 1
             sequence.num_in_flight += 1
+            sequence.last_chunk_start = start
         self._policy.on_computed(sequences)
 
-    def _append_chunk(self, sequence: Sequence, length: int, plan: StepPlan) -> None:
-        self._append_pages(sequence, self._num_new_pages(sequence, length), plan)
-        start = sequence.num_computed
-        samples = start + length >= sequence.prefill_len
-        plan.chunks.append(Chunk(sequence, start, length, samples, is_decode=start >= sequence.prefill_len))
-        sequence.num_computed += length
-        sequence.num_in_flight += samples
-        self._policy.on_computed([sequence])
-
-    def _append_pages(self, sequence: Sequence, num_pages: int, plan: StepPlan) -> None:
+    def _append_chunk(self, sequence: Sequence, length: int, plan: StepPlan, place: int | None = None) -> None:
+        """Plans the next `length` tokens of a sequence, behind the other chunks or at `place`."""
         assert sequence.slot is not None
-        for page in self.allocator.allocate(num_pages):
+        start = sequence.num_computed
+        if length and self._must_copy(sequence, plan):
+            column = start // self.page_size
+            sequence.pages[column] = self._copy_page(sequence.pages[column], plan)
+            plan.new_pages.append(NewPage(sequence.slot, column, sequence.pages[column]))
+        for page in self.prefix_cache.allocate(self._num_new_pages(sequence, length)):
             plan.new_pages.append(NewPage(sequence.slot, len(sequence.pages), page))
             sequence.pages.append(page)
+        samples = start + length >= sequence.prefill_len
+        is_decode = length > 0 and start >= sequence.prefill_len
+        is_first = not is_decode and start == sequence.prefill_start
+        chunk = Chunk(sequence, start, length, samples, is_decode, is_first)
+        plan.chunks.insert(len(plan.chunks) if place is None else place, chunk)
+        sequence.num_computed += length
+        sequence.num_in_flight += samples
+        sequence.last_chunk_start = start
+        self._policy.on_computed([sequence])
+        if length > 1 or sequence.num_computed % self.page_size == 0:
+            self.prefix_cache.insert(sequence)
+
+    def _copy_page(self, source: int, plan: StepPlan) -> int:
+        """A new page, filled from `source` before the step; the caller's reference to the source goes to the plan."""
+        [target] = self.prefix_cache.allocate(1)
+        plan.copies.append(PageCopy(source, target))
+        return target
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
         """Starts waiting sequences, strictly in order of policy, while budget, slots and pages last."""
         unclaimed: int | None = None  # summed over what runs, so only when somebody can use it
-        while budget > 0 and self._free_slots and (sequence := self._waiting.first()):
-            if sequence.num_in_flight > 0:
+        while self._free_slots and len(plan.chunks) < self.max_num_batched_tokens:
+            sequence = self._waiting.first()
+            if sequence is None or sequence.num_in_flight > 0:
                 break  # preempted: all tokens of a prefill come from the host, and some are still to be read
-            if unclaimed is None:
-                unclaimed = self._num_unclaimed_pages()
-            unclaimed -= self._claim(sequence)
-            if unclaimed < 0:
+            place = place_behind_parent(sequence, plan)
+            if budget == 0 and place is None:
                 break
+            if unclaimed is None:
+                unclaimed = self._num_unclaimed_pages(plan)
+            prefix, claim = self._find_prefix(sequence, plan, place is not None, unclaimed)
+            if claim > unclaimed:
+                break
+            length = min(sequence.num_known_tokens - prefix.num_tokens, budget)
             self._waiting.pop()
-            self._start(sequence)
-            length = min(sequence.prefill_len, budget)
-            self._append_chunk(sequence, length, plan)
+            self._start(sequence, prefix, plan)
+            self._append_chunk(sequence, length, plan, place)
+            unclaimed -= claim
             budget -= length
 
-    def _num_unclaimed_pages(self) -> int:
-        return self.allocator.num_free - sum(map(self._claim, self._running.values()))
+    def _num_unclaimed_pages(self, plan: StepPlan) -> int:
+        return self.prefix_cache.num_available - sum(self._claim(sequence, plan) for sequence in self._running.values())
 
-    def _claim(self, sequence: Sequence) -> int:
+    def _find_prefix(
+        self, sequence: Sequence, plan: StepPlan, draws_with_parent: bool, unclaimed: int
+    ) -> tuple[Prefix, int]:
+        """What is computed of a waiting sequence's tokens, and the pages of its start and its claim that are not.
+
+        Pages that nobody runs with cost as much as new ones: sharing them, or holding one for a copy, keeps them from
+        being evicted.
+        """
+        num_pages = self._num_pages_for(min(sequence.num_tokens + self.page_size, sequence.max_len - 1))
+        if draws_with_parent:
+            assert sequence.parent is not None
+            self.prefix_cache.join(sequence, sequence.parent)
+            prefix = Prefix(list(sequence.parent.pages), sequence.num_known_tokens)
+            is_part_filled = prefix.num_tokens % self.page_size > 0
+            return prefix, num_pages - len(prefix.pages) + is_part_filled
+        found = self.prefix_cache.match(sequence, sequence.max_shared_len)
+        inherited = inherited_prefix(sequence, plan, self.page_size)
+        prefix = inherited if inherited.num_tokens > found.num_tokens else found
+        claim = num_pages - len(prefix.pages) + self.prefix_cache.num_idle(prefix.pages)
+        if prefix.part_page is not None:
+            num_held = self.prefix_cache.num_idle([prefix.part_page])
+            if claim + num_held <= unclaimed:
+                return prefix, claim + num_held
+            prefix = prefix.without_part(self.page_size)
+        return prefix, claim
+
+    def _claim(self, sequence: Sequence, plan: StepPlan) -> int:
         """Pages that a sequence will soon want on top of its own: for all tokens so far and one page to grow.
 
         Admission leaves these free. If it looked at the first chunk alone, a newcomer would be preempted, being the
         last, as soon as its prompt or its neighbours grew, and its prefill would be thrown away.
         """
         num_tokens = min(sequence.num_tokens + self.page_size, sequence.max_len - 1)
-        return self._num_pages_for(num_tokens) - len(sequence.pages)
+        return self._num_pages_for(num_tokens) - len(sequence.pages) + self._must_copy(sequence, plan)
 
-    def _start(self, sequence: Sequence) -> None:
+    def _start(self, sequence: Sequence, prefix: Prefix, plan: StepPlan) -> None:
+        """Gives a waiting sequence a slot, and the pages of its prefix."""
         sequence.status = SequenceStatus.RUNNING
         sequence.slot = self._free_slots.pop()
         sequence.prefill_len = sequence.num_known_tokens  # the outputs too, after a preemption
+        sequence.prefill_start = sequence.num_computed = prefix.num_tokens
+        sequence.num_charged = max(sequence.num_charged, prefix.num_tokens)  # what others computed is free
+        sequence.parent = None
         self._running[sequence.sequence_id] = sequence
+        self.prefix_cache.share(prefix.pages)
+        sequence.pages = list(prefix.pages)
+        if prefix.part_page is not None:
+            self.prefix_cache.share([prefix.part_page])
+            sequence.pages.append(self._copy_page(prefix.part_page, plan))
+        plan.shared_pages += [NewPage(sequence.slot, column, page) for column, page in enumerate(sequence.pages)]
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens = min(prefix.num_tokens, sequence.prompt_len)
+            self.num_prefix_queries += sequence.prefill_len
+            self.num_prefix_hits += prefix.num_tokens
 
     def _preempt(self, sequence: Sequence, plan: StepPlan) -> None:
         """Back to the queue, to be computed anew; tokens in flight are still good."""
@@ -320,14 +430,18 @@ class Scheduler:
     def _retire(self, sequence: Sequence) -> None:
         if sequence.status is SequenceStatus.RUNNING:
             self._release(sequence)
+        self.prefix_cache.leave(sequence)
         sequence.status = SequenceStatus.FINISHED  # a queued one leaves the heap when it comes up
+        sequence.parent = None
         sequence.num_in_flight = 0
         self._unfinished.pop(sequence.sequence_id, None)
 
     def _release(self, sequence: Sequence) -> None:
         """Takes slot and pages back. A later step may use them at once: the device runs steps in order."""
         assert sequence.slot is not None
-        self.allocator.free(sequence.pages)
+        if sequence.finish_reason != "error":
+            self.prefix_cache.insert(sequence)
+        self.prefix_cache.release(sequence.pages)
         self._free_slots.append(sequence.slot)
         del self._running[sequence.sequence_id]
         sequence.pages = []

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from miniinfer_jax.batch import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, MAX_LOGPROBS
-from miniinfer_jax.sampling_params import SamplingParams
+from miniinfer_jax.sampling_params import MAX_SEED, SamplingParams
 from miniinfer_jax.sequence import Sequence
 
 
@@ -22,6 +22,18 @@ def check_prompt(prompt_token_ids: list[int], vocab_size: int, max_model_len: in
             f"together: shorten the prompt, or {remedy}"
         )
     _check_ids("the prompt", prompt_token_ids, vocab_size)
+
+
+def check_cache_salt(cache_salt: Any) -> None:
+    """Raises RequestError for a salt that is no text, or an empty one."""
+    if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
+        raise RequestError(f"cache_salt is {cache_salt!r:.80}; it must be a text that is not empty, or be left out")
+
+
+def check_seed(seed: Any) -> None:
+    """Raises RequestError for a seed that the device cannot hold."""
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED):
+        raise RequestError(f"seed is {seed!r}; it must be None or an integer in [0, {MAX_SEED}]")
 
 
 def check_params(params: SamplingParams, vocab_size: int, has_tokenizer: bool) -> None:

@@ -12,8 +12,8 @@ class WaitingQueue:
     """A heap of sequences for every group of the policy, and a heap of the groups.
 
     While a group waits its key may only grow, so an entry that is out of date stands too near to the front, never too
-    far behind: it is put right when it comes up. Sequences that end while they wait leave when they come up. Keys of all
-    sequences change at once, which costs O(n), only when the policy says so.
+    far behind: it is put right when it comes up. Sequences that end while they wait leave when they come up. Only where
+    the policy says that the keys of all have changed, all are put in order anew, in O(n).
     """
 
     def __init__(self, policy: Policy) -> None:

@@ -1,6 +1,5 @@
 """The queue against the slow and obvious way: sort everything, whenever somebody asks."""
 
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
