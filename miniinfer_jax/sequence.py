@@ -123,11 +123,11 @@ class Sequence:
         """Takes the oldest in-flight token, now read back, and says in finish_reason whether it ends the sequence."""
         self.num_in_flight -= 1
         self.output_token_ids.append(token_id)
-        may_stop = len(self.output_token_ids) >= self.params.min_tokens
-        if may_stop and token_id in self.stop_token_ids:
+        num_outputs = len(self.output_token_ids)
+        if token_id in self.stop_token_ids and num_outputs >= self.params.min_tokens:
             self.finish_reason = "stop"
             self.stop_reason = token_id if token_id in (self.params.stop_token_ids or ()) else None
-        elif self.num_known_tokens >= self.max_len:
+        elif len(self.prompt_token_ids) + num_outputs >= self.max_len:
             self.finish_reason = "length"
 
 
@@ -194,4 +194,4 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        return sum(chunk.length for chunk in self.chunks)
+        return sum([chunk.length for chunk in self.chunks])

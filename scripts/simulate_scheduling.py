@@ -138,6 +138,7 @@ class Simulation:
             max_num_batched_tokens=TOKEN_BUDGET,
             max_pages_per_sequence=MAX_MODEL_LEN // PAGE_SIZE,
             policy=make_policy(policy),
+            enable_prefix_caching=True,
         )
         self.jobs = jobs
         self.cost = cost
@@ -169,7 +170,7 @@ class Simulation:
         job = self.jobs[index]
         return Sequence(
             sequence_id=index,
-            prompt_token_ids=[OTHER_TOKEN] * job.prompt_len,
+            prompt_token_ids=[OTHER_TOKEN + 1 + index] * job.prompt_len,  # nobody shares a prompt with another
             params=PARAMS,
             seed=0,
             max_len=MAX_MODEL_LEN,

@@ -210,17 +210,15 @@ def _charge(sequences: list[Sequence]) -> list[int]:
     """What the tokens of each cost that are computed for the first time; from now on they are paid for."""
     costs = []
     for sequence in sequences:
-        num_new = sequence.num_computed - sequence.num_charged
-        if num_new <= 0:
-            costs.append(0)
-            continue
-        num_prompt = len(sequence.prompt_token_ids) - sequence.num_charged
-        sequence.num_charged += num_new
-        if num_prompt > 0:
-            num_prompt = min(num_prompt, num_new)
-            costs.append(PROMPT_TOKEN_COST * num_prompt + OUTPUT_TOKEN_COST * (num_new - num_prompt))
-        else:
-            costs.append(OUTPUT_TOKEN_COST * num_new)
+        charged, computed = sequence.num_charged, sequence.num_computed
+        cost = 0
+        if computed > charged:
+            sequence.num_charged = computed
+            cost = OUTPUT_TOKEN_COST * (computed - charged)
+            if charged < sequence.prefill_len:  # some may be of the prompt
+                num_prompt = max(0, min(sequence.prompt_len, computed) - charged)
+                cost += (PROMPT_TOKEN_COST - OUTPUT_TOKEN_COST) * num_prompt
+        costs.append(cost)
     return costs
 
 

@@ -133,14 +133,14 @@ class Scheduler:
         """
         finished = []
         for (_, sequence), token_id in zip(plan.samples, token_ids, strict=True):
-            if sequence.is_finished:
+            if sequence.status is SequenceStatus.FINISHED:
                 continue
             if token_id is None:
                 sequence.finish_reason = "error"
                 self.prefix_cache.forget(sequence)
             else:
                 sequence.append(token_id)
-                if sequence.num_known_tokens % self.page_size == 0:
+                if (len(sequence.prompt_token_ids) + len(sequence.output_token_ids)) % self.page_size == 0:
                     self.prefix_cache.insert(sequence)
             if sequence.finish_reason is not None:
                 self._retire(sequence)
@@ -210,7 +210,7 @@ class Scheduler:
         behind = self._policy.outranked(sequence, self._running.values())
         if not behind:
             return None
-        num_slots, num_pages = len(self._free_slots), self._num_unclaimed_pages(plan)
+        num_slots, num_pages = len(self._free_slots), self._num_unclaimed_pages(sequence, plan)
         num_pages -= self._find_prefix(sequence, plan, False, num_pages)[1]
         num_decoding = sum(running.is_decoding for running in self._running.values())
         num_tokens = self.max_num_batched_tokens - num_decoding
@@ -349,7 +349,7 @@ class Scheduler:
             if budget == 0 and place is None:
                 break
             if unclaimed is None:
-                unclaimed = self._num_unclaimed_pages(plan)
+                unclaimed = self._num_unclaimed_pages(sequence, plan)
             prefix, claim = self._find_prefix(sequence, plan, place is not None, unclaimed)
             if claim > unclaimed:
                 break
@@ -360,8 +360,15 @@ class Scheduler:
             unclaimed -= claim
             budget -= length
 
-    def _num_unclaimed_pages(self, plan: StepPlan) -> int:
-        return self.prefix_cache.num_available - sum(self._claim(sequence, plan) for sequence in self._running.values())
+    def _num_unclaimed_pages(self, newcomer: Sequence, plan: StepPlan) -> int:
+        """Pages that no running sequence will soon want, or some of them where that is plenty for `newcomer`."""
+        num_available, running = self.prefix_cache.num_available, self._running.values()
+        # A sequence that decodes claims the next two pages and a copy at most.
+        prompts = [sequence for sequence in running if sequence.num_computed < sequence.prefill_len]
+        num_left = num_available - 3 * len(running) - sum(self._claim(sequence, plan) for sequence in prompts)
+        if num_left > self._num_pages_for(newcomer.num_tokens + self.page_size):
+            return num_left
+        return num_available - sum(self._claim(sequence, plan) for sequence in running)
 
     def _find_prefix(
         self, sequence: Sequence, plan: StepPlan, draws_with_parent: bool, unclaimed: int
