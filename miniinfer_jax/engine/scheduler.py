@@ -222,11 +222,12 @@ class Scheduler:
         return self._num_pages_for(sequence.num_computed + length) - len(sequence.pages)
 
     def _must_copy(self, sequence: Sequence, plan: StepPlan) -> bool:
-        """Whether the page that a sequence writes to next is part-filled and others hold it too."""
-        column, offset = divmod(sequence.num_computed, self.page_size)
-        if offset == 0 or (num_owners := self.allocator.num_references(sequence.pages[column])) == 1:
+        """Whether the page that a sequence writes to next holds tokens that others, or the cache, count on too."""
+        if not sequence.may_share_part or sequence.num_computed % self.page_size == 0:
             return False
-        return num_owners - sum(copy.source == sequence.pages[column] for copy in plan.copies) > 1
+        page = sequence.pages[sequence.num_computed // self.page_size]
+        num_owners = self.allocator.num_references(page) + self.allocator.is_kept(page)
+        return num_owners > 1 and num_owners - sum(copy.source == page for copy in plan.copies) > 1
 
     def _make_room(self, sequence: Sequence, length: int, plan: StepPlan) -> bool:
         """Preempts the last sequences until the pages of a chunk can be had; False if its own sequence had to go."""
@@ -242,10 +243,12 @@ class Scheduler:
         """Plans the next `length` tokens of a sequence, behind the other chunks or at `place`."""
         assert sequence.slot is not None
         start = sequence.num_computed
-        if length and self._must_copy(sequence, plan):
-            column = start // self.page_size
-            sequence.pages[column] = self._copy_page(sequence.pages[column], plan)
-            plan.new_pages.append(NewPage(sequence.slot, column, sequence.pages[column]))
+        if length and sequence.may_share_part:
+            if self._must_copy(sequence, plan):
+                column = start // self.page_size
+                sequence.pages[column] = self._copy_page(sequence.pages[column], plan)
+                plan.new_pages.append(NewPage(sequence.slot, column, sequence.pages[column]))
+            sequence.may_share_part = False
         for page in self.prefix_cache.allocate(self._num_new_pages(sequence, length)):
             plan.new_pages.append(NewPage(sequence.slot, len(sequence.pages), page))
             sequence.pages.append(page)
@@ -301,6 +304,7 @@ class Scheduler:
         if draws_with_parent:
             assert sequence.parent is not None
             self.prefix_cache.join(sequence, sequence.parent)
+            sequence.may_share_part = sequence.parent.may_share_part = True
             prefix = Prefix(list(sequence.parent.pages), sequence.num_known_tokens)
             is_part_filled = prefix.num_tokens % self.page_size > 0
             return prefix, num_pages - len(prefix.pages) + is_part_filled
@@ -370,3 +374,4 @@ class Scheduler:
         sequence.pages = []
         sequence.slot = None
         sequence.num_computed = 0
+        sequence.may_share_part = False
