@@ -220,7 +220,13 @@ class BatchRun:
             custom_id, url = request.custom_id, request.url
             token_ids = prompt_token_ids(self._llm, request)
             self._engine.add_request(
-                request_id, token_ids, request.params, request.prompt, streams=False, **request.scheduling
+                request_id,
+                token_ids,
+                request.params,
+                request.prompt,
+                cache_salt=request.cache_salt,
+                streams=False,
+                **request.scheduling,
             )
         except ValueError as error:
             if isinstance(error, BatchLineError):

@@ -3,7 +3,8 @@
 Two forms of line are read, and answered in kind:
 
 - MiniInfer's: {"prompt": text} or {"prompt_token_ids": [...]} or {"messages": [...]}, beside it the sampling
-  parameters by name, "priority", "tenant" and "expected_output_len" for the scheduling policy, and a "custom_id".
+  parameters by name, a "custom_id", a "cache_salt", and "priority", "tenant" and "expected_output_len" for the scheduling
+  policy, if wanted.
 - OpenAI's batch form: {"custom_id", "method": "POST", "url": "/v1/completions" or "/v1/chat/completions", "body"}.
 """
 
@@ -55,6 +56,7 @@ class BatchRequest:
     prompt: str | None = None
     prompt_token_ids: list[int] | None = None
     messages: list[dict[str, Any]] | None = None
+    cache_salt: str | None = None
     custom_id: str | None = None
     url: str | None = None
     scheduling: dict[str, Any] = field(default_factory=dict)
@@ -90,9 +92,12 @@ def _from_own(
     if len(prompts) != 1:
         raise ValueError(f"a request has one of {', '.join(PROMPT_KEYS)}; found {', '.join(prompts) or 'none'}")
     _check_prompt(*next(iter(prompts.items())))
+    cache_salt = values.pop("cache_salt", None)
     scheduling = {key: values.pop(key) for key in SCHEDULING_KEYS if key in values}
     params = SamplingParams.from_dict({**defaults, **values})
-    return BatchRequest(params=params, custom_id=custom_id, url=url, scheduling=scheduling, **prompts)
+    return BatchRequest(
+        params=params, cache_salt=cache_salt, custom_id=custom_id, url=url, scheduling=scheduling, **prompts
+    )
 
 
 def _check_prompt(key: str, value: Any) -> None:

@@ -46,6 +46,7 @@ class Sequence:
     num_in_flight: int = 0
     prefill_start: int = 0  # tokens found in pages when the sequence was admitted
     prefill_len: int = 0  # tokens to compute before decoding, those included; set when the sequence is admitted
+    may_share_part: bool = False  # others may hold its part-filled page too; who writes to it first gets a copy
     last_chunk_start: int = 0  # what stands before it is written by earlier steps than its latest
     num_cached_tokens: int = 0  # prefill_start as it was the first time, of the prompt
     num_unscored: int = 0  # tokens at the prompt's end whose log-probabilities are wanted and not yet read
@@ -117,6 +118,7 @@ class Sequence:
             num_computed=0,
             num_in_flight=0,
             num_preemptions=0,
+            may_share_part=False,
         )
 
     def append(self, token_id: int) -> None:

@@ -32,6 +32,9 @@ class PageAllocator:
     def num_references(self, page: int) -> int:
         return self._references[page]
 
+    def is_kept(self, page: int) -> bool:
+        return self._is_kept[page]
+
     def allocate(self, num_pages: int) -> list[int]:
         """`num_pages` free pages, from now on referenced once."""
         if num_pages > self.num_free:

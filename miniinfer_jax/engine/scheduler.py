@@ -270,11 +270,12 @@ class Scheduler:
         return self._num_pages_for(sequence.num_computed + length) - len(sequence.pages)
 
     def _must_copy(self, sequence: Sequence, plan: StepPlan) -> bool:
-        """Whether the page that a sequence writes to next is part-filled and others hold it too."""
-        column, offset = divmod(sequence.num_computed, self.page_size)
-        if offset == 0 or (num_owners := self.allocator.num_references(sequence.pages[column])) == 1:
+        """Whether the page that a sequence writes to next holds tokens that others, or the cache, count on too."""
+        if not sequence.may_share_part or sequence.num_computed % self.page_size == 0:
             return False
-        return num_owners - sum(copy.source == sequence.pages[column] for copy in plan.copies) > 1
+        page = sequence.pages[sequence.num_computed // self.page_size]
+        num_owners = self.allocator.num_references(page) + self.allocator.is_kept(page)
+        return num_owners > 1 and num_owners - sum(copy.source == page for copy in plan.copies) > 1
 
     def _share_pages(self, lengths: dict[Sequence, int], plan: StepPlan) -> None:
         """Appends chunks of these lengths while pages are too few: the last sequences by policy lose theirs.
@@ -296,11 +297,11 @@ class Scheduler:
 
     def _append_decoding(self, sequences: list[Sequence], plan: StepPlan) -> None:
         """A chunk of one token for each, whose pages can be had: the scheduler spends most of its time here."""
-        page_size, num_references = self.page_size, self.allocator.num_references
+        page_size = self.page_size
         for sequence in sequences:
             start = sequence.num_computed
             offset = start % page_size
-            if offset == 0 or offset == page_size - 1 or num_references(sequence.pages[-1]) > 1:
+            if offset == 0 or offset == page_size - 1 or sequence.may_share_part:
                 self._append_chunk(sequence, 1, plan)
                 continue
             plan.chunks.append(Chunk(sequence, start, 1, True, True))
@@ -313,10 +314,12 @@ class Scheduler:
         """Plans the next `length` tokens of a sequence, behind the other chunks or at `place`."""
         assert sequence.slot is not None
         start = sequence.num_computed
-        if length and self._must_copy(sequence, plan):
-            column = start // self.page_size
-            sequence.pages[column] = self._copy_page(sequence.pages[column], plan)
-            plan.new_pages.append(NewPage(sequence.slot, column, sequence.pages[column]))
+        if length and sequence.may_share_part:
+            if self._must_copy(sequence, plan):
+                column = start // self.page_size
+                sequence.pages[column] = self._copy_page(sequence.pages[column], plan)
+                plan.new_pages.append(NewPage(sequence.slot, column, sequence.pages[column]))
+            sequence.may_share_part = False
         for page in self.prefix_cache.allocate(self._num_new_pages(sequence, length)):
             plan.new_pages.append(NewPage(sequence.slot, len(sequence.pages), page))
             sequence.pages.append(page)
@@ -382,6 +385,7 @@ class Scheduler:
         if draws_with_parent:
             assert sequence.parent is not None
             self.prefix_cache.join(sequence, sequence.parent)
+            sequence.may_share_part = sequence.parent.may_share_part = True
             prefix = Prefix(list(sequence.parent.pages), sequence.num_known_tokens)
             is_part_filled = prefix.num_tokens % self.page_size > 0
             return prefix, num_pages - len(prefix.pages) + is_part_filled
@@ -454,3 +458,4 @@ class Scheduler:
         sequence.pages = []
         sequence.slot = None
         sequence.num_computed = 0
+        sequence.may_share_part = False
