@@ -3,8 +3,8 @@
 Two forms of line are read, and answered in kind:
 
 - MiniInfer's: {"prompt": text} or {"prompt_token_ids": [...]} or {"messages": [...]}, beside it the sampling
-  parameters by name, a "custom_id", a "cache_salt", and "priority", "tenant" and "expected_output_len" for the scheduling
-  policy, if wanted.
+  parameters by name, a "custom_id", a "cache_salt", and for the scheduling policy "priority", "tenant" and
+  "expected_output_len", if wanted.
 - OpenAI's batch form: {"custom_id", "method": "POST", "url": "/v1/completions" or "/v1/chat/completions", "body"}.
 """
 

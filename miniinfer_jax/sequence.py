@@ -149,8 +149,7 @@ class Chunk(NamedTuple):
     is_first: bool = False  # since its sequence was admitted
 
 
-@dataclass(frozen=True)
-class NewPage:
+class NewPage(NamedTuple):
     """Page `page` becomes column `column` of the page table of slot `slot`."""
 
     slot: int

@@ -114,6 +114,7 @@ class LLMEngine:
         if plan.chunks:
             self._in_flight.append(self._dispatch(plan))
             self._num_steps += 1
+            self._scheduler.prefetch()  # while the device works
         if not self._in_flight:
             self._scheduler.check()  # idle: every page must be back
             return []

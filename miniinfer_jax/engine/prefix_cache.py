@@ -153,9 +153,18 @@ class PrefixCache:
 
     def allocate(self, num_pages: int) -> list[int]:
         """Pages to write to, evicting as many as are missing."""
+        self.make_free(num_pages)
+        return self.allocator.allocate(num_pages)
+
+    def make_free(self, num_pages: int) -> None:
+        """Evicts ahead of time, until so many pages are free or none is cached."""
         while self.allocator.num_free < num_pages and self.allocator.num_cached:
             self._evict()
-        return self.allocator.allocate(num_pages)
+
+    def touch(self, pages: list[int]) -> None:
+        """These pages count as used now: of the cached ones they are evicted last."""
+        self.share(pages)
+        self.release(pages)
 
     def share(self, pages: Iterable[int]) -> None:
         """One more reference to each page, which nobody can evict until it is released."""

@@ -1,6 +1,6 @@
 """What runs in the next step: shares the token budget, the slots and the pages among sequences. Plain integers only."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 
 from miniinfer_jax.engine.inheritance import inherited_prefix, place_behind_parent
@@ -10,6 +10,9 @@ from miniinfer_jax.engine.prefix_cache import Prefix, PrefixCache
 from miniinfer_jax.engine.step_budget import StepBudget
 from miniinfer_jax.engine.waiting_queue import WaitingQueue
 from miniinfer_jax.sequence import Chunk, NewPage, PageCopy, Sequence, SequenceStatus, StepPlan
+
+PREFETCHES_A_STEP = 16
+MAX_PREFETCHES = 256  # new sequences that may queue for it; those beyond are looked up when they start
 
 
 class Scheduler:
@@ -58,6 +61,8 @@ class Scheduler:
         self._unfinished: dict[int, Sequence] = {}  # by sequence id, running or waiting
         self._running: dict[int, Sequence] = {}  # by sequence id
         self._waiting = WaitingQueue(self._policy)
+        self._newcomers: deque[Sequence] = deque()  # not looked up in the prefix cache yet
+        self._filling: list[Sequence] = []  # whose pages the last plan fills, and are not in the prefix cache yet
         self._free_slots = list(reversed(range(max_num_seqs)))
 
     @property
@@ -80,6 +85,8 @@ class Scheduler:
         sequence.arrival = self.num_planned_tokens
         self._unfinished[sequence.sequence_id] = sequence
         self._waiting.push(sequence)
+        if len(self._newcomers) < MAX_PREFETCHES:
+            self._newcomers.append(sequence)
 
     def check_fits(self, sequence: Sequence) -> None:
         """Raises ValueError, with what to raise and by how much, for a sequence too long for the whole pool."""
@@ -108,6 +115,7 @@ class Scheduler:
         The plan is empty when nothing waits, or when everything waits for tokens to be read by `update`.
         """
         plan = StepPlan()
+        self._cache_pages()
         self.prefix_cache.begin_plan()
         newcomer = self._give_way(plan) if self._policy.preempts else None
         num_gave_way = len(plan.preempted)
@@ -125,12 +133,28 @@ class Scheduler:
         self.num_planned_tokens += plan.num_tokens
         return plan
 
+    def prefetch(self) -> None:
+        """Work for the next plans that is better done while the device is busy with the last one.
+
+        Pages that this one fills enter the prefix cache. New sequences are looked up there, so that it costs little to
+        look again when they start, and what was found is evicted last. Pages for the first one waiting are made free.
+        """
+        self._cache_pages()
+        for _ in range(min(len(self._newcomers), PREFETCHES_A_STEP)):
+            sequence = self._newcomers.popleft()
+            if sequence.status is SequenceStatus.WAITING:
+                self.prefix_cache.touch(self.prefix_cache.match(sequence, sequence.max_shared_len).pages)
+        if (first := self._waiting.first()) is not None:
+            num_shared = len(self.prefix_cache.match(first, first.max_shared_len).pages)
+            self.prefix_cache.make_free(self._num_pages_for(first.num_tokens + self.page_size) - num_shared)
+
     def update(self, plan: StepPlan, token_ids: Iterable[int | None]) -> list[Sequence]:
         """Takes the tokens of `plan`'s sampling chunks, in order, and gives the sequences that these ended.
 
         None stands for a token that means nothing (logits were not finite) and ends its sequence with "error".
         Tokens of sequences that have ended since are dropped; those of preempted ones count.
         """
+        self._cache_pages()
         finished = []
         for (_, sequence), token_id in zip(plan.samples, token_ids, strict=True):
             if sequence.status is SequenceStatus.FINISHED:
@@ -150,6 +174,7 @@ class Scheduler:
     def discard(self, plan: StepPlan) -> None:
         """Takes back the last plan, which did not reach the device: its sequences are computed anew, and what it would
         have filled is not cached."""
+        self._filling.clear()
         for sequence, samples in [(chunk.sequence, chunk.samples) for chunk in plan.chunks]:
             if sequence.status is SequenceStatus.RUNNING:
                 self.prefix_cache.forget(sequence)
@@ -333,7 +358,12 @@ class Scheduler:
         sequence.last_chunk_start = start
         self._policy.on_computed([sequence])
         if length > 1 or sequence.num_computed % self.page_size == 0:
+            self._filling.append(sequence)
+
+    def _cache_pages(self) -> None:
+        for sequence in self._filling:
             self.prefix_cache.insert(sequence)
+        self._filling.clear()
 
     def _copy_page(self, source: int, plan: StepPlan) -> int:
         """A new page, filled from `source` before the step; the caller's reference to the source goes to the plan."""
@@ -353,6 +383,7 @@ class Scheduler:
                 break
             if unclaimed is None:
                 unclaimed = self._num_unclaimed_pages(sequence, plan)
+            self._cache_pages()  # of the sequences that start before it in the same plan
             prefix, claim = self._find_prefix(sequence, plan, place is not None, unclaimed)
             if claim > unclaimed:
                 break

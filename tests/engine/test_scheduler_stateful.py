@@ -280,6 +280,10 @@ class EngineMachine(RuleBasedStateMachine):
                 self.num_computed[chunk.sequence.sequence_id] = 0
             self.num_events["lost"] += bool(plan.chunks)
 
+    @rule()
+    def prefetch(self) -> None:
+        self.scheduler.prefetch()
+
     @rule(is_wanted=st.sampled_from([False, False, False, True]))
     def reset(self, is_wanted: bool) -> None:
         if not is_wanted:
