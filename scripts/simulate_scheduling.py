@@ -75,8 +75,8 @@ class Workload:
 
 
 WORKLOADS = (
-    Workload("poisson", load=0.9),
-    Workload("bursty", load=0.9, burstiness=4.0),
+    Workload("poisson", load=1.0),
+    Workload("bursty", load=1.0, burstiness=4.0),
     Workload("contended", load=2.5, tenant_rates=(6, 1, 1, 1)),
 )
 
@@ -159,6 +159,7 @@ class Simulation:
             if not plan.chunks:
                 self.now = self.jobs[num_arrived].arrival
                 continue
+            self.scheduler.prefetch()
             self.now += self.cost.seconds(plan)
             if self.scheduler.num_waiting > 0:
                 self.full_until = self.now
