@@ -3,14 +3,15 @@
 Two forms of line are read, and answered in kind:
 
 - MiniInfer's: {"prompt": text} or {"prompt_token_ids": [...]} or {"messages": [...]}, beside it the sampling
-  parameters by name, and a "custom_id" if wanted.
+  parameters by name, a "custom_id", a "cache_salt", and for the scheduling policy "priority", "tenant" and
+  "expected_output_len", if wanted.
 - OpenAI's batch form: {"custom_id", "method": "POST", "url": "/v1/completions" or "/v1/chat/completions", "body"}.
 """
 
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -20,6 +21,7 @@ from miniinfer_jax.sampling_params import SamplingParams
 COMPLETIONS_URL = "/v1/completions"
 CHAT_URL = "/v1/chat/completions"
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
+SCHEDULING_KEYS = ("priority", "tenant", "expected_output_len")
 
 # What a body may say that asks for what is done anyway; any other value of these asks for what is not there.
 _ONLY_VALUES = {
@@ -45,14 +47,19 @@ class BatchLineError(ValueError):
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """One line understood: exactly one of the three prompts is there. `url` is None for MiniInfer's own form."""
+    """One line understood: exactly one of the three prompts is there. `url` is None for MiniInfer's own form.
+
+    scheduling: what the line says of SCHEDULING_KEYS, for `LLMEngine.add_request`.
+    """
 
     params: SamplingParams
     prompt: str | None = None
     prompt_token_ids: list[int] | None = None
     messages: list[dict[str, Any]] | None = None
+    cache_salt: str | None = None
     custom_id: str | None = None
     url: str | None = None
+    scheduling: dict[str, Any] = field(default_factory=dict)
 
 
 def parse_line(line: str, defaults: Mapping[str, Any]) -> BatchRequest:
@@ -85,8 +92,12 @@ def _from_own(
     if len(prompts) != 1:
         raise ValueError(f"a request has one of {', '.join(PROMPT_KEYS)}; found {', '.join(prompts) or 'none'}")
     _check_prompt(*next(iter(prompts.items())))
+    cache_salt = values.pop("cache_salt", None)
+    scheduling = {key: values.pop(key) for key in SCHEDULING_KEYS if key in values}
     params = SamplingParams.from_dict({**defaults, **values})
-    return BatchRequest(params=params, custom_id=custom_id, url=url, **prompts)
+    return BatchRequest(
+        params=params, cache_salt=cache_salt, custom_id=custom_id, url=url, scheduling=scheduling, **prompts
+    )
 
 
 def _check_prompt(key: str, value: Any) -> None:

@@ -1,7 +1,9 @@
 """What a model is and how an engine runs it: frozen, hashable values, validated when they are made."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "leaky_relu", "tanh", "sigmoid")
@@ -111,7 +113,9 @@ class ModelConfig:
 class EngineConfig:
     """How one engine runs: limits of a step, the page pool and the modes. Every size is in tokens, sequences or pages.
 
-    Sizes left at None are chosen when the engine starts, from the model and the device's memory.
+    Sizes left at None are chosen when the engine starts, from the model and the device's memory. scheduling_policy and
+    policy_options are the name and the arguments of a policy in `engine/policies.py`. target_itl_ms: milliseconds from
+    a token of a request to its next, to which prompts have to keep; None: prompts are computed as fast as it goes.
     """
 
     max_num_seqs: int = 256
@@ -124,6 +128,10 @@ class EngineConfig:
     seed: int = 0
     deterministic: bool = False
     attention_backend: str = "auto"
+    enable_prefix_caching: bool = True
+    scheduling_policy: str = "fcfs"
+    policy_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    target_itl_ms: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size", "num_pages"):
@@ -131,6 +139,10 @@ class EngineConfig:
             optional = name in ("max_model_len", "num_pages") and value is None
             is_size = isinstance(value, int) and not isinstance(value, bool) and value > 0
             _require(optional or is_size, f"{name} is {value!r}; it must be a positive integer")
+        _require(
+            isinstance(self.enable_prefix_caching, bool),
+            f"enable_prefix_caching is {self.enable_prefix_caching!r}; it must be True or False",
+        )
         _require(
             0.0 < self.gpu_memory_utilization <= 1.0,
             f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be in (0, 1]",
@@ -141,3 +153,11 @@ class EngineConfig:
         )
         is_seed = isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < 2**32
         _require(is_seed, f"seed is {self.seed!r}; it must be an integer in [0, 2**32)")
+        if self.target_itl_ms is not None:
+            is_time = isinstance(self.target_itl_ms, int | float) and 0 < self.target_itl_ms < math.inf
+            _require(is_time, f"target_itl_ms is {self.target_itl_ms!r}; it must be a positive number of milliseconds")
+            _require(
+                not self.deterministic,
+                f"target_itl_ms is {self.target_itl_ms} and deterministic is True: deterministic steps are all of one "
+                "size, so there is nothing to choose; drop one of the two",
+            )

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -13,7 +13,8 @@ from miniinfer_jax.config import EngineConfig
 from miniinfer_jax.engine.compile_cache import enable_compile_cache
 from miniinfer_jax.engine.llm_engine import LLMEngine
 from miniinfer_jax.engine.memory import choose_dtype, default_device, default_page_size, default_token_budget, size_pool
-from miniinfer_jax.engine.validation import RequestError, encode
+from miniinfer_jax.engine.policies import make_policy
+from miniinfer_jax.engine.validation import RequestError, check_scheduling, encode
 from miniinfer_jax.models.decoder import param_specs
 from miniinfer_jax.outputs import CompletionOutput, RequestOutput, Score, TextDelta
 from miniinfer_jax.sampling_params import SamplingParams
@@ -28,6 +29,14 @@ REQUEST_PREFIX = "llm-"  # so that ids never meet those of a user who drives `LL
 PROMPT_TYPES = {"prompt": str, "prompt_token_ids": Sequence, "messages": Sequence}
 
 
+class TokenizedPrompt(NamedTuple):
+    """A prompt in any of its forms, as the engine takes it."""
+
+    text: str | None
+    token_ids: list[int]
+    cache_salt: str | None = None
+
+
 class LLM:
     """A loaded model that answers prompts; names and meanings are vLLM's.
 
@@ -36,7 +45,11 @@ class LLM:
     a step may carry, is 512 on a CPU and 8,192 elsewhere; page_size 16 and 64; max_model_len the model's own; and
     num_pages what `gpu_memory_utilization` leaves. load_format "dummy" makes random weights from config.json alone.
     deterministic: a request's tokens and log-probabilities are bitwise the same whatever runs beside it.
+    enable_prefix_caching: a prompt that begins like one before it is computed from where they differ.
     logits_processors: pure functions (logits [B, V], SamplingInputs) -> logits, traced into the step.
+    scheduling_policy: who is served first, one of `engine.policies.POLICIES`, with `policy_options` of its own, such as
+    the weights of tenants. target_itl_ms: prompts are computed in parts so small that a request gets a token about
+    every so many milliseconds.
     Raises ValueError (ConfigError, CheckpointError, ...) for what it cannot load or run.
     """
 
@@ -57,6 +70,10 @@ class LLM:
         skip_tokenizer_init: bool = False,
         deterministic: bool = False,
         attention_backend: str = "auto",
+        enable_prefix_caching: bool = True,
+        scheduling_policy: str = "fcfs",
+        policy_options: Mapping[str, Any] | None = None,
+        target_itl_ms: float | None = None,
         logits_processors: Sequence[Any] = (),
         use_tqdm: bool = True,
     ) -> None:
@@ -76,7 +93,12 @@ class LLM:
             seed=seed,
             deterministic=deterministic,
             attention_backend=attention_backend,
+            enable_prefix_caching=enable_prefix_caching,
+            scheduling_policy=scheduling_policy,
+            policy_options=dict(policy_options or {}),
+            target_itl_ms=target_itl_ms,
         )
+        make_policy(scheduling_policy, policy_options)  # the engine makes its own; a wrong one is said before loading
         enable_compile_cache()
         self.tokenizer = None if skip_tokenizer_init else load_tokenizer(folder)
         specs = param_specs(self.model_config, engine_config.dtype)
@@ -97,21 +119,29 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        priority: int | Sequence[int] = 0,
+        tenant: str | Sequence[str] = "",
+        expected_output_len: int | Sequence[int | None] | None = None,
     ) -> list[RequestOutput]:
         """Continues each prompt; outputs in the order of the prompts.
 
-        A prompt is a text, {"prompt": text}, {"prompt_token_ids": ids}, {"messages": [...]} or a list of token ids. A
+        A prompt is a text, {"prompt": text}, {"prompt_token_ids": ids}, {"messages": [...]} or a list of token ids; a
+        "cache_salt" beside it keeps its pages from requests with another one. A
         request that cannot be served raises ValueError when it is the only one; among others it comes back alone with
-        `error` set and finish_reason "error", and the others finish.
+        `error` set and finish_reason "error", and the others finish. priority, tenant and expected_output_len are for
+        the scheduling policy, as in `LLMEngine.add_request`: one for all prompts, or a list with one a prompt.
         """
         prompts = self._as_list(prompts)
         params = self._params_for(prompts, sampling_params)
+        scheduling = _scheduling_for(len(prompts), priority, tenant, expected_output_len)
         outputs: dict[str, RequestOutput] = {}
         request_ids = []
         with tqdm(total=len(prompts), desc="Requests", unit="req", disable=not use_tqdm) as progress:
             try:
-                for prompt, one in zip(prompts, params, strict=True):
-                    request_ids.append(self._add_or_refuse(prompt, one, outputs, raises=len(prompts) == 1))
+                raises = len(prompts) == 1
+                for prompt, one, hints in zip(prompts, params, scheduling, strict=True):
+                    request_ids.append(self._add_or_refuse(prompt, one, hints, outputs, raises))
                 progress.update(len(outputs))
                 num_tokens = 0
                 waiting = set(request_ids) - set(outputs)
@@ -132,12 +162,16 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        **scheduling: Any,
     ) -> list[RequestOutput]:
-        """Answers a conversation, or each of several, of {"role", "content"} messages in the model's chat template."""
+        """Answers a conversation, or each of several, of {"role", "content"} messages in the model's chat template.
+
+        scheduling: as in `generate`.
+        """
         if not isinstance(messages, Sequence) or not messages:
             raise RequestError(f"messages is {messages!r:.80}; it must be a list of messages, or of such lists")
         conversations: Any = [messages] if isinstance(messages[0], Mapping) else messages
-        return self.generate([{"messages": one} for one in conversations], sampling_params, use_tqdm)
+        return self.generate([{"messages": one} for one in conversations], sampling_params, use_tqdm, **scheduling)
 
     def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
         """The token ids of a conversation, ready for the assistant's turn. Raises ValueError without a template."""
@@ -160,6 +194,10 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
+        tenant: str | Sequence[str] = "",
+        expected_output_len: int | Sequence[int | None] | None = None,
     ) -> Iterator[TextDelta]:
         """The continuations of all prompts piece by piece, as they come. Leaving the iterator early aborts the rest.
 
@@ -167,17 +205,29 @@ class LLM:
         """
         prompts = self._as_list(prompts)
         params = self._params_for(prompts, sampling_params)
-        requests = [(*self._tokenize(prompt), one) for prompt, one in zip(prompts, params, strict=True)]
-        for _, token_ids, one in requests:
-            self.engine.check_request(token_ids, one)
-        return self._deltas(requests)
+        scheduling = _scheduling_for(len(prompts), priority, tenant, expected_output_len)
+        tokenized = [self._tokenize(prompt) for prompt in prompts]
+        for prompt, one in zip(tokenized, params, strict=True):
+            self.engine.check_request(prompt.token_ids, one, prompt.cache_salt)
+        return self._deltas(list(zip(tokenized, params, scheduling, strict=True)))
 
-    def _deltas(self, requests: list[tuple[str | None, list[int], SamplingParams]]) -> Iterator[TextDelta]:
+    def fork(self, request_id: str, new_request_id: str | None = None, *, seed: int | None = None) -> str:
+        """`LLMEngine.fork` of a request of `LLM.engine`; gives the new request's id, made up if it is not given."""
+        if new_request_id is None:
+            new_request_id = f"{request_id}-fork-{next(self._request_ids)}"
+        self.engine.fork(request_id, new_request_id, seed=seed)
+        return new_request_id
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached pages; False, with nothing changed, while requests run."""
+        return self.engine.reset_prefix_cache()
+
+    def _deltas(self, requests: list[tuple[TokenizedPrompt, SamplingParams, dict[str, Any]]]) -> Iterator[TextDelta]:
         indices: dict[str, int] = {}
         shown: dict[tuple[str, int], CompletionOutput] = {}
         try:
-            for index, (text, token_ids, params) in enumerate(requests):
-                indices[self._add(text, token_ids, params, streams=True)] = index
+            for index, (prompt, params, hints) in enumerate(requests):
+                indices[self._add(prompt, params, hints, streams=True)] = index
             unfinished = set(indices)
             while unfinished:
                 for output in self._step(unfinished):
@@ -199,17 +249,24 @@ class LLM:
                 self._kept.setdefault(output.request_id, []).append(output)
         return [output for request_id in self._kept.keys() & request_ids for output in self._kept.pop(request_id)]
 
-    def _add(self, text: str | None, token_ids: list[int], params: SamplingParams, streams: bool) -> str:
+    def _add(self, prompt: TokenizedPrompt, params: SamplingParams, hints: dict[str, Any], streams: bool) -> str:
         request_id = f"{REQUEST_PREFIX}{next(self._request_ids)}"
-        self.engine.add_request(request_id, token_ids, params, text, streams=streams)
+        self.engine.add_request(
+            request_id, prompt.token_ids, params, prompt.text, cache_salt=prompt.cache_salt, streams=streams, **hints
+        )
         return request_id
 
     def _add_or_refuse(
-        self, prompt: Prompt, params: SamplingParams, outputs: dict[str, RequestOutput], raises: bool
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        hints: dict[str, Any],
+        outputs: dict[str, RequestOutput],
+        raises: bool,
     ) -> str:
         """Queues a request; one that is refused is put among the outputs, so that the others can go on."""
         try:
-            return self._add(*self._tokenize(prompt), params, streams=False)
+            return self._add(self._tokenize(prompt), params, hints, streams=False)
         except ValueError as error:
             if raises:
                 raise
@@ -228,31 +285,34 @@ class LLM:
         while not self.engine.has_requests() and self.engine.has_unfinished_requests():
             self.engine.step()
 
-    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """(text or None, token ids) of a prompt in any of its forms."""
+    def _tokenize(self, prompt: Prompt) -> TokenizedPrompt:
         if isinstance(prompt, Mapping):
-            key = next(iter(prompt)) if len(prompt) == 1 else None
+            cache_salt = prompt.get("cache_salt")
+            keys = [key for key in prompt if key != "cache_salt"]
+            key = keys[0] if len(keys) == 1 else None
             if key not in PROMPT_TYPES:
                 raise RequestError(
-                    f"a prompt has exactly one of {', '.join(PROMPT_TYPES)}; this one has {sorted(prompt)}"
+                    f"a prompt has exactly one of {', '.join(PROMPT_TYPES)}, and a cache_salt if wanted; "
+                    f"this one has {sorted(prompt)}"
                 )
             value = prompt[key]
             is_text = isinstance(value, str)
             if is_text != (key == "prompt") or not isinstance(value, PROMPT_TYPES[key]):
                 raise RequestError(f"{key} holds {value!r:.80}; it must be a {'text' if key == 'prompt' else 'list'}")
             if key == "messages":
-                return None, self.apply_chat_template(value)
-            prompt = value
+                return TokenizedPrompt(None, self.apply_chat_template(value), cache_salt)
+            return self._tokenize(value)._replace(cache_salt=cache_salt)
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("this model was loaded without a tokenizer: give prompt_token_ids")
-            return prompt, encode(self.tokenizer, prompt)
+            return TokenizedPrompt(prompt, encode(self.tokenizer, prompt))
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
             raise RequestError(f"a prompt is a text, a mapping or a list of token ids, not {type(prompt).__name__}")
         # numpy's integers become Python's; a bool stays one, and is refused with the other ids.
-        return None, [
+        token_ids = [
             int(token) if isinstance(token, Integral) and type(token) is not bool else token for token in prompt
         ]
+        return TokenizedPrompt(None, token_ids)
 
     @staticmethod
     def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -276,6 +336,27 @@ class LLM:
         if len(params) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts but {len(params)} sampling_params: give one, or one a prompt")
         return list(params)
+
+
+def _scheduling_for(
+    num_prompts: int,
+    priority: int | Sequence[int],
+    tenant: str | Sequence[str],
+    expected_output_len: int | Sequence[int | None] | None,
+) -> list[dict[str, Any]]:
+    """By prompt, what `add_request` takes for the scheduling policy. Raises RequestError for what it would refuse."""
+    given = {"priority": priority, "tenant": tenant, "expected_output_len": expected_output_len}
+    columns = []
+    for name, value in given.items():
+        is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        column = list(value) if is_list else [value] * num_prompts
+        if len(column) != num_prompts:
+            raise RequestError(f"{num_prompts} prompts but {len(column)} of {name}: give one, or one a prompt")
+        columns.append(column)
+    rows = [dict(zip(given, row, strict=True)) for row in zip(*columns, strict=True)]
+    for row in rows:
+        check_scheduling(**row)
+    return rows
 
 
 def _score(output: RequestOutput) -> Score:

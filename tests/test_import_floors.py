@@ -26,7 +26,10 @@ STANDARD_LIBRARY_ONLY = (
     "miniinfer_jax.outputs",
     "miniinfer_jax.sequence",
 )
-DECIDERS = ("page_allocator", "prefix_cache", "policies", "scheduler")
+DECIDERS = (
+    *("page_allocator", "prefix_cache", "inheritance", "policies", "waiting_queue", "step_budget"),
+    "scheduler",
+)
 
 
 def module_name(path: Path) -> str:

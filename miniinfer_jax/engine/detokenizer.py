@@ -46,6 +46,13 @@ class Detokenizer:
         self.text = self.text[: place + len(stop) if self._params.include_stop_str_in_output else place]
         return stop
 
+    def fork(self, token_ids: list[int]) -> "Detokenizer":
+        """One more detokenizer that has taken the same tokens."""
+        fork = Detokenizer(self._tokenizer, self._params)
+        for num_tokens, token_id in enumerate(token_ids, 1):
+            fork.append(token_id, num_tokens)
+        return fork
+
     def finish(self, token_ids: list[int]) -> None:
         """Completes the text of a sequence that no stop string ended: its last bytes may be no whole character."""
         whole = self._tokenizer.decode(token_ids, skip_special_tokens=self._params.skip_special_tokens)

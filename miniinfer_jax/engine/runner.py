@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -16,22 +17,30 @@ from tqdm import tqdm
 
 from miniinfer_jax import kv_cache
 from miniinfer_jax.batch import DecodeState, StepOutput, TokenRules, create_state
-from miniinfer_jax.engine.batching import NUM_COLUMNS, pack_decode, pack_ragged
+from miniinfer_jax.engine.batching import (
+    NUM_COLUMNS,
+    NUM_COPIES,
+    NUM_SHARED_PAGES,
+    pack_decode,
+    pack_ragged,
+    pack_sharing,
+)
 from miniinfer_jax.engine.buckets import Buckets, DecodeBucket, RaggedBucket
-from miniinfer_jax.engine.steps import StepContext, decode_step, ragged_step
+from miniinfer_jax.engine.steps import StepContext, decode_step, ragged_step, share_pages
 from miniinfer_jax.engine.token_rules import RuleRows, rule_rows
 from miniinfer_jax.models.decoder import DecoderParams
-from miniinfer_jax.sequence import Sequence, StepPlan
+from miniinfer_jax.sequence import PageCopy, Sequence, StepPlan
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class StepInFlight:
-    """A dispatched step: its plan, and the arrays that will hold its results."""
+    """A dispatched step: its plan, the arrays that will hold its results, and when it was sent, as time.monotonic()."""
 
     plan: StepPlan
     output: StepOutput
+    sent: float
 
     def token_ids(self) -> np.ndarray:
         """[B], -1 where nothing could be drawn; waits for the step to end."""
@@ -63,17 +72,19 @@ class Runner:
     def run(self, plan: StepPlan) -> StepInFlight:
         """Dispatches the step and returns at once; its arrays fill while the host goes on."""
         for chunk in plan.chunks:
-            if chunk.start == 0 and chunk.sequence.params.uses_token_rules:
+            if chunk.is_first and chunk.sequence.params.uses_token_rules:
                 self._send_rules(chunk.sequence)
+        self._share_pages(plan)
         if self._buckets.decode and plan.is_decode_only:
             plan.chunks.sort(key=lambda chunk: chunk.start)  # rows of like length may share a tile of attention
             bucket = self._buckets.for_rows(len(plan.chunks), plan.is_plain)
         else:
             bucket = self._buckets.for_chunks(plan.num_tokens, len(plan.chunks), plan.is_plain)
+        sent = time.monotonic()
         output = self._dispatch(bucket, plan)
         for array in self._wanted(plan, output):
             array.copy_to_host_async()
-        return StepInFlight(plan, output)
+        return StepInFlight(plan, output, sent)
 
     def warm_up(self) -> None:
         """Runs every step twice over nothing but padding, which leaves no trace.
@@ -83,6 +94,7 @@ class Runner:
         """
         for bucket in 2 * (*self._buckets.decode, *self._buckets.ragged):
             self._dispatch(bucket, StepPlan())
+            self._share_pages(StepPlan(copies=[PageCopy(0, 0)]))
 
     def device_arrays_bytes(self) -> dict[str, int]:
         """Bytes of what lives on the device between steps."""
@@ -109,6 +121,11 @@ class Runner:
         step = self._programs[bucket]
         self._cache, self._state, output = step(self._params, self._cache, self._state, *arguments)
         return output
+
+    def _share_pages(self, plan: StepPlan) -> None:
+        """What the step finds in pages already, made ready before it."""
+        for packed in pack_sharing(plan, self._context.shape):
+            self._cache, self._state = self._programs["share_pages"](self._cache, self._state, packed)
 
     def _send_decode(self, packed: np.ndarray) -> jax.Array:
         """The array on the device: that of the step before if it is the same, for XLA to replay its graph unchanged."""
@@ -183,6 +200,8 @@ class Runner:
             step = jax.jit(partial(ragged_step, context, bucket), donate_argnums=(1, 2))
             length = bucket.num_tokens + bucket.num_rows * NUM_COLUMNS + bucket.num_new_pages * 3
             jobs[bucket] = partial(step.lower, params, cache, state, int32(length))
+        share = jax.jit(share_pages, donate_argnums=(0, 1))
+        jobs["share_pages"] = partial(share.lower, cache, state, int32(3 * NUM_SHARED_PAGES + 2 * NUM_COPIES))
         set_rules = jax.jit(_set_rules, donate_argnums=0)
         row = shapes(jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape[1:], array.dtype), state.rules))
         rows = RuleRows(row.counts, row.flags, row.bias, row.bad_words)

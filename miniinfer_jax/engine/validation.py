@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from miniinfer_jax.batch import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, MAX_LOGPROBS
-from miniinfer_jax.sampling_params import SamplingParams
+from miniinfer_jax.sampling_params import MAX_SEED, SamplingParams
 from miniinfer_jax.sequence import Sequence
 
 
@@ -24,6 +24,18 @@ def check_prompt(prompt_token_ids: list[int], vocab_size: int, max_model_len: in
     _check_ids("the prompt", prompt_token_ids, vocab_size)
 
 
+def check_cache_salt(cache_salt: Any) -> None:
+    """Raises RequestError for a salt that is no text, or an empty one."""
+    if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
+        raise RequestError(f"cache_salt is {cache_salt!r:.80}; it must be a text that is not empty, or be left out")
+
+
+def check_seed(seed: Any) -> None:
+    """Raises RequestError for a seed that the device cannot hold."""
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED):
+        raise RequestError(f"seed is {seed!r}; it must be None or an integer in [0, {MAX_SEED}]")
+
+
 def check_params(params: SamplingParams, vocab_size: int, has_tokenizer: bool) -> None:
     """Raises RequestError for parameters that are fine in themselves but not with this model or engine."""
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
@@ -36,6 +48,16 @@ def check_params(params: SamplingParams, vocab_size: int, has_tokenizer: bool) -
         for name, is_used in (("stop", bool(params.stop_strings)), ("bad_words", bool(params.bad_words))):
             if is_used:
                 raise RequestError(f"{name} needs a tokenizer, and this model was loaded without one")
+
+
+def check_scheduling(priority: int, tenant: str, expected_output_len: int | None) -> None:
+    """Raises RequestError for what no scheduling policy could read."""
+    if not _is_integer(priority):
+        raise RequestError(f"priority is {priority!r}; it must be an integer, a smaller one is more urgent")
+    if not isinstance(tenant, str):
+        raise RequestError(f"tenant is {tenant!r}; it must be a string")
+    if expected_output_len is not None and not (_is_integer(expected_output_len) and expected_output_len > 0):
+        raise RequestError(f"expected_output_len is {expected_output_len!r}; it must be a positive integer, or None")
 
 
 def encode(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -83,5 +105,9 @@ def bad_word_ids(params: SamplingParams, tokenizer: Any) -> tuple[tuple[int, ...
 
 def _check_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
     for token_id in token_ids:
-        if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
+        if not _is_integer(token_id) or not 0 <= token_id < vocab_size:
             raise RequestError(f"{name} holds the token id {token_id!r}; the vocabulary is 0 to {vocab_size - 1}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -279,18 +279,6 @@ def test_an_id_in_use_is_refused():
         scheduler.add(make_sequence(0, prompt_len=1))
 
 
-def test_an_unknown_policy_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'fifo' is not known; known: fcfs"):
-        Scheduler(
-            PageAllocator(1),
-            page_size=1,
-            max_num_seqs=1,
-            max_num_batched_tokens=1,
-            max_pages_per_sequence=1,
-            policy="fifo",
-        )
-
-
 def test_check_sees_a_lost_slot_and_a_stolen_page():
     scheduler = make_scheduler()
     sequence = make_sequence(0, prompt_len=3)
