@@ -46,6 +46,17 @@ def write(pages: jax.Array, keys: jax.Array, values: jax.Array, slots: jax.Array
     return pages.at[slots // page_size, slots % page_size].set(both, mode="drop")
 
 
+def take_pages(cache: KVCache, page_ids: jax.Array) -> tuple[jax.Array, ...]:
+    """Whole pages [n], one array a layer: [n, S, K, 2, H]; zeros for a page past the end (padding)."""
+    return tuple(layer.at[page_ids].get(mode="fill", fill_value=0) for layer in cache.layers)
+
+
+def put_pages(cache: KVCache, page_ids: jax.Array, pages: tuple[jax.Array, ...]) -> KVCache:
+    """The cache with whole pages [n] replaced, by one array a layer: [n, S, K, 2, H]; one past the end is dropped."""
+    layers = zip(cache.layers, pages, strict=True)
+    return KVCache(layers=tuple(layer.at[page_ids].set(values, mode="drop") for layer, values in layers))
+
+
 def read(pages: jax.Array, page_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values of a layer's pages [W, n], each [W, K, n * S, H]: a matrix for each kv head."""
     num_rows, num_pages = page_ids.shape

@@ -13,6 +13,7 @@ from miniinfer_jax.config import EngineConfig
 from miniinfer_jax.engine.compile_cache import enable_compile_cache
 from miniinfer_jax.engine.llm_engine import LLMEngine
 from miniinfer_jax.engine.memory import choose_dtype, default_device, default_page_size, default_token_budget, size_pool
+from miniinfer_jax.engine.snapshot import Snapshot
 from miniinfer_jax.engine.validation import RequestError, encode
 from miniinfer_jax.models.decoder import param_specs
 from miniinfer_jax.outputs import CompletionOutput, RequestOutput, Score, TextDelta
@@ -108,23 +109,25 @@ class LLM:
         params = self._params_for(prompts, sampling_params)
         outputs: dict[str, RequestOutput] = {}
         request_ids = []
-        with tqdm(total=len(prompts), desc="Requests", unit="req", disable=not use_tqdm) as progress:
-            try:
-                for prompt, one in zip(prompts, params, strict=True):
-                    request_ids.append(self._add_or_refuse(prompt, one, outputs, raises=len(prompts) == 1))
-                progress.update(len(outputs))
-                num_tokens = 0
-                waiting = set(request_ids) - set(outputs)
-                while waiting:
-                    for output in self._step(waiting):
-                        waiting.discard(output.request_id)
-                        outputs[output.request_id] = output
-                        num_tokens += sum(len(completion.token_ids) for completion in output.outputs)
-                        elapsed = progress.format_dict["elapsed"]
-                        progress.set_postfix_str(f"{num_tokens / max(elapsed, 1e-9):.0f} tokens/s", refresh=False)
-                        progress.update()
-            finally:
-                self._drop(request_ids)
+        try:
+            for prompt, one in zip(prompts, params, strict=True):
+                request_ids.append(self._add_or_refuse(prompt, one, outputs, raises=len(prompts) == 1))
+            self._finish(request_ids, outputs, use_tqdm)
+        finally:
+            self._drop(request_ids)
+        return [outputs[request_id] for request_id in request_ids]
+
+    def restore(self, snapshot: Snapshot, use_tqdm: bool = True) -> list[RequestOutput]:
+        """Continues the requests of a snapshot to their end; outputs in their order of arrival.
+
+        `engine.restore` takes them up without running them. Raises ValueError as it does, with nothing changed.
+        """
+        request_ids = self.engine.restore(snapshot)
+        outputs: dict[str, RequestOutput] = {}
+        try:
+            self._finish(request_ids, outputs, use_tqdm)
+        finally:
+            self._drop(request_ids)
         return [outputs[request_id] for request_id in request_ids]
 
     def chat(
@@ -192,6 +195,23 @@ class LLM:
         finally:
             self._drop(indices)
 
+    def _finish(self, request_ids: list[str], outputs: dict[str, RequestOutput], use_tqdm: bool) -> None:
+        """Runs steps until every request has its last output among `outputs`."""
+        with tqdm(total=len(request_ids), desc="Requests", unit="req", disable=not use_tqdm) as progress:
+            progress.update(len(outputs))
+            num_tokens = 0
+            waiting = set(request_ids) - set(outputs)
+            while waiting:
+                for output in self._step(waiting):
+                    if not output.finished:
+                        continue
+                    waiting.discard(output.request_id)
+                    outputs[output.request_id] = output
+                    num_tokens += sum(len(completion.token_ids) for completion in output.outputs)
+                    elapsed = progress.format_dict["elapsed"]
+                    progress.set_postfix_str(f"{num_tokens / max(elapsed, 1e-9):.0f} tokens/s", refresh=False)
+                    progress.update()
+
     def _step(self, request_ids: set[str]) -> list[RequestOutput]:
         """The next outputs of these requests. What a step has for other open calls is kept for them."""
         if not self._kept.keys() & request_ids:
@@ -199,8 +219,13 @@ class LLM:
                 self._kept.setdefault(output.request_id, []).append(output)
         return [output for request_id in self._kept.keys() & request_ids for output in self._kept.pop(request_id)]
 
+    def _new_id(self) -> str:
+        """An id that no request has; those of a restored snapshot may be of this form too."""
+        ids = (f"{REQUEST_PREFIX}{number}" for number in self._request_ids)
+        return next(request_id for request_id in ids if not self.engine.knows(request_id))
+
     def _add(self, text: str | None, token_ids: list[int], params: SamplingParams, streams: bool) -> str:
-        request_id = f"{REQUEST_PREFIX}{next(self._request_ids)}"
+        request_id = self._new_id()
         self.engine.add_request(request_id, token_ids, params, text, streams=streams)
         return request_id
 
@@ -213,7 +238,7 @@ class LLM:
         except ValueError as error:
             if raises:
                 raise
-            request_id = f"{REQUEST_PREFIX}{next(self._request_ids)}"
+            request_id = self._new_id()
             logger.warning("request %s is refused: %s", request_id, error)
             text = prompt if isinstance(prompt, str) else None
             refused = CompletionOutput(index=0, text="", token_ids=[], finish_reason="error")

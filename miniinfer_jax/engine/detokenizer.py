@@ -21,6 +21,16 @@ class Detokenizer:
         self._stream = DecodeStream(skip_special_tokens=params.skip_special_tokens)
         self._longest_stop = max((len(stop) for stop in params.stop_strings), default=0)
 
+    @classmethod
+    def of(cls, tokenizer: Any, params: SamplingParams, token_ids: list[int]) -> "Detokenizer | None":
+        """One that has taken token_ids, none of which ended the text; None where no text is asked for or possible."""
+        if tokenizer is None or not params.detokenize:
+            return None
+        detokenizer = cls(tokenizer, params)
+        for index, token_id in enumerate(token_ids):
+            detokenizer.append(token_id, index + 1)
+        return detokenizer
+
     @property
     def settled_len(self) -> int:
         """Characters of `text` that no stop string can take back."""

@@ -15,8 +15,10 @@ from miniinfer_jax.engine.buckets import choose_buckets, token_budget
 from miniinfer_jax.engine.detokenizer import Detokenizer
 from miniinfer_jax.engine.page_allocator import PageAllocator
 from miniinfer_jax.engine.request import Continuation, Request, position_logprobs
+from miniinfer_jax.engine.request_state import request_of, state_of
 from miniinfer_jax.engine.runner import Runner, StepInFlight
 from miniinfer_jax.engine.scheduler import Scheduler
+from miniinfer_jax.engine.snapshot import Snapshot, check_model, describe_model, live_pages
 from miniinfer_jax.engine.steps import LogitsProcessor, StepContext
 from miniinfer_jax.engine.validation import (
     RequestError,
@@ -90,6 +92,7 @@ class LLMEngine:
         self._requests: dict[str, Request] = {}
         self._owners: dict[Sequence, tuple[Request, Continuation]] = {}
         self._in_flight: deque[StepInFlight] = deque()
+        self._news: dict[Request, None] = {}  # requests whose output somebody is still to get
         self._sequence_ids = itertools.count()
         self._num_requests = self._num_steps = self._num_prompt_tokens = self._num_generated_tokens = 0
 
@@ -101,10 +104,9 @@ class LLMEngine:
             self._num_steps += 1
         if not self._in_flight:
             self._scheduler.check()  # idle: every page must be back
-            return []
-        if plan.chunks and len(self._in_flight) == 1:
-            return []  # the first step of a burst: nothing to read yet
-        return self._collect(self._in_flight.popleft())
+        elif not plan.chunks or len(self._in_flight) > 1:  # else the first step of a burst: nothing to read yet
+            self._read(self._in_flight.popleft())
+        return self._deliver()
 
     def add_request(
         self,
@@ -116,8 +118,7 @@ class LLMEngine:
         streams: bool = True,
     ) -> None:
         """Queues a request. Raises ValueError, with nothing changed, for one that this engine cannot serve."""
-        if request_id in self._requests:
-            raise RequestError(f"request id {request_id!r} is in use; give every request an id of its own")
+        self._check_new_id(request_id)
         self.check_request(prompt_token_ids, params)
         sequences = [self._make_sequence(index, prompt_token_ids, params) for index in range(params.n)]
         for sequence in sequences:
@@ -125,9 +126,7 @@ class LLMEngine:
         self._num_requests += 1
         continuations = [self._make_continuation(index, sequence) for index, sequence in enumerate(sequences)]
         prompt_logprobs: PromptLogprobs | None = None if params.prompt_logprobs is None else [None]
-        request = Request(request_id, prompt, prompt_token_ids, params, continuations, streams, prompt_logprobs)
-        self._requests[request_id] = request
-        self._owners |= {continuation.sequence: (request, continuation) for continuation in continuations}
+        self._enter(Request(request_id, prompt, prompt_token_ids, params, continuations, streams, prompt_logprobs))
 
     def check_request(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Raises ValueError for a request that this engine cannot serve, however idle it is; queues nothing."""
@@ -154,6 +153,10 @@ class LLMEngine:
         for continuation in request.continuations:
             self._scheduler.abort(continuation.sequence)
         return self._close(request)
+
+    def knows(self, request_id: str) -> bool:
+        """Whether a request of this id is running or waiting, or has an output that `step` is still to give."""
+        return request_id in self._requests
 
     def has_requests(self) -> bool:
         """Whether any request is running or waiting."""
@@ -189,6 +192,62 @@ class LLMEngine:
         """The compiled steps as HLO text: the one that decodes num_rows sequences of plain requests, or all."""
         return self._runner.program_texts(num_rows)
 
+    def snapshot(self) -> Snapshot:
+        """The engine's requests, with the keys and values computed so far, as a value; the engine goes on unchanged."""
+        self._drain()
+        tables = [continuation.sequence.pages for _, continuation in self._owners.values()]
+        rows = live_pages(tables)
+        return Snapshot(
+            model=self._describe_model(),
+            page_size=self.engine_config.page_size,
+            num_requests=self._num_requests,
+            requests=tuple(state_of(request, rows) for request in self._requests.values()),
+            pages=self._runner.read_pages(list(rows)),
+        )
+
+    def restore(self, snapshot: Snapshot) -> list[str]:
+        """Takes up the requests of a snapshot, behind those that are here already; their ids.
+
+        What finds no pages or no slot waits, and is computed anew. Raises ValueError, with nothing changed, for the
+        snapshot of another model and for a request that this engine cannot serve or whose id is in use.
+        """
+        check_model(snapshot.model, self._describe_model())
+        for state in snapshot.requests:
+            self._check_new_id(state.request_id)
+            self.check_request(list(state.prompt_token_ids), state.params)
+        requests = [request_of(state, self._make_sequence, self.tokenizer) for state in snapshot.requests]
+        for request in requests:
+            for continuation in request.continuations:
+                if not continuation.sequence.is_finished:
+                    self._scheduler.check_fits(continuation.sequence)
+        self._num_requests = max(self._num_requests, snapshot.num_requests)
+        page_size = self.engine_config.page_size
+        for request, state in zip(requests, snapshot.requests, strict=True):
+            self._enter(request)
+            for continuation, one in zip(request.continuations, state.sequences, strict=True):
+                if not continuation.sequence.is_finished:
+                    self._resume(continuation.sequence, one.num_computed, snapshot.pages_of(one, page_size))
+            if request.is_finished:
+                self._news[request] = None
+        return [request.request_id for request in requests]
+
+    def _resume(self, sequence: Sequence, num_computed: int, pages: tuple[np.ndarray, ...]) -> None:
+        if self._scheduler.resume(sequence, num_computed):
+            self._runner.write_pages(sequence.pages, pages)
+            self._runner.send_page_table(sequence)
+            self._runner.send_rules(sequence)
+
+    def _describe_model(self) -> dict[str, Any]:
+        return describe_model(self.model_config, self._runner.params)
+
+    def _check_new_id(self, request_id: str) -> None:
+        if self.knows(request_id):
+            raise RequestError(f"request id {request_id!r} is in use; give every request an id of its own")
+
+    def _enter(self, request: Request) -> None:
+        self._requests[request.request_id] = request
+        self._owners |= {continuation.sequence: (request, continuation) for continuation in request.continuations}
+
     def _make_sequence(self, index: int, prompt_token_ids: list[int], params: SamplingParams) -> Sequence:
         # Without a seed of its own a request gets one from its number: the same run draws the same tokens.
         seed = params.seed if params.seed is not None else self.engine_config.seed + 1_000_003 * self._num_requests
@@ -206,11 +265,10 @@ class LLMEngine:
 
     def _make_continuation(self, index: int, sequence: Sequence) -> Continuation:
         params = sequence.params
-        has_text = params.detokenize and self.tokenizer is not None
-        detokenizer = Detokenizer(self.tokenizer, params) if has_text else None
+        detokenizer = Detokenizer.of(self.tokenizer, params, [])
         return Continuation(index, sequence, detokenizer, logprobs=None if params.logprobs is None else [])
 
-    def _collect(self, step: StepInFlight) -> list[RequestOutput]:
+    def _read(self, step: StepInFlight) -> None:
         """Takes the results of a step: tokens to their sequences, and what follows from them."""
         token_ids, samples = step.token_ids().tolist(), step.plan.samples
         live = [(row, sequence) for row, sequence in samples if not sequence.is_finished]
@@ -218,13 +276,21 @@ class LLMEngine:
         self._take_prompt_logprobs(step)
         self._scheduler.update(step.plan, tokens)
 
-        news: dict[Request, None] = {}
         for row, sequence in live:
             request, continuation = self._owners[sequence]
             if token_ids[row] >= 0:
                 self._take_token(request, continuation, row, step)
-            news[request] = None
-        outputs = []
+            self._news[request] = None
+
+    def _drain(self) -> None:
+        """Reads all steps in flight, so that nothing of a request is known to the device alone."""
+        while self._in_flight:
+            self._read(self._in_flight.popleft())
+
+    def _deliver(self) -> list[RequestOutput]:
+        """The outputs of the requests that have news."""
+        outputs, news = [], list(self._news)
+        self._news.clear()
         for request in news:
             if request.is_finished:
                 outputs.append(self._close(request))
@@ -288,5 +354,6 @@ class LLMEngine:
         request.finished_time = time.monotonic()
         for continuation in request.continuations:
             self._owners.pop(continuation.sequence, None)
+        self._news.pop(request, None)
         del self._requests[request.request_id]
         return request.output()

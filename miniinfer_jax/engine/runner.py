@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,10 +20,13 @@ from miniinfer_jax.engine.batching import NUM_COLUMNS, pack_decode, pack_ragged
 from miniinfer_jax.engine.buckets import Buckets, DecodeBucket, RaggedBucket
 from miniinfer_jax.engine.steps import StepContext, decode_step, ragged_step
 from miniinfer_jax.engine.token_rules import RuleRows, rule_rows
+from miniinfer_jax.kv_cache import KVCache
 from miniinfer_jax.models.decoder import DecoderParams
 from miniinfer_jax.sequence import Sequence, StepPlan
 
 logger = logging.getLogger(__name__)
+
+NUM_PAGES_MOVED = 16  # whole pages that go between host and device in one call of a program
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,11 @@ def _set_rules(state: DecodeState, slot: jax.Array, rows: RuleRows) -> DecodeSta
     """The state with the rules of one slot replaced."""
     arrays = TokenRules(*map(jnp.asarray, rows))
     return replace(state, rules=jax.tree.map(lambda old, new: old.at[slot].set(new), state.rules, arrays))
+
+
+def _set_page_table(state: DecodeState, slot: jax.Array, row: jax.Array) -> DecodeState:
+    """The state with the page table [P] of one slot replaced."""
+    return replace(state, page_table=state.page_table.at[slot].set(row))
 
 
 class Runner:
@@ -63,8 +71,8 @@ class Runner:
     def run(self, plan: StepPlan) -> StepInFlight:
         """Dispatches the step and returns at once; its arrays fill while the host goes on."""
         for chunk in plan.chunks:
-            if chunk.start == 0 and chunk.sequence.params.uses_token_rules:
-                self._send_rules(chunk.sequence)
+            if chunk.start == 0:
+                self.send_rules(chunk.sequence)
         if self._buckets.decode and plan.is_decode_only:
             plan.chunks.sort(key=lambda chunk: chunk.start)  # rows of like length may share a tile of attention
             bucket = self._buckets.for_rows(len(plan.chunks), plan.is_plain)
@@ -83,6 +91,44 @@ class Runner:
         """
         for bucket in 2 * (*self._buckets.decode, *self._buckets.ragged):
             self._dispatch(bucket, StepPlan())
+
+    def send_rules(self, sequence: Sequence) -> None:
+        """Tells the device what the request of a running sequence says about single tokens, its outputs counted."""
+        if sequence.params.uses_token_rules:
+            rows = rule_rows(sequence, self._context.config.vocab_size)
+            self._state = self._programs["set_rules"](self._state, np.int32(sequence.slot or 0), rows)
+
+    def send_page_table(self, sequence: Sequence) -> None:
+        """Tells the device all pages of a running sequence at once; a plan names only those that are new."""
+        row = np.zeros(self._context.shape.max_pages, np.int32)
+        row[: len(sequence.pages)] = sequence.pages
+        self._state = self._programs["set_page_table"](self._state, np.int32(sequence.slot or 0), row)
+
+    def read_pages(self, page_ids: list[int]) -> tuple[np.ndarray, ...]:
+        """The contents of pages [n] after all steps dispatched so far, one array a layer: [n, S, K, 2, H]; waits."""
+        parts = [self._programs["take_pages"](self._cache, ids) for ids, _ in self._page_batches(page_ids)]
+        layers = zip(*parts, strict=True) if parts else ((layer[:0],) for layer in self._cache.layers)
+        return tuple(np.concatenate([np.asarray(part) for part in layer])[: len(page_ids)] for layer in layers)
+
+    def write_pages(self, page_ids: list[int], pages: tuple[np.ndarray, ...]) -> None:
+        """Fills pages [n] from one array a layer, [n, S, K, 2, H], before whatever step is dispatched next."""
+        for ids, rows in self._page_batches(page_ids):
+            values = tuple(np.zeros((NUM_PAGES_MOVED, *layer.shape[1:]), layer.dtype) for layer in pages)
+            for value, layer in zip(values, pages, strict=True):
+                value[: rows.stop - rows.start] = layer[rows]
+            self._cache = self._programs["put_pages"](self._cache, ids, values)
+
+    def _page_batches(self, page_ids: list[int]) -> Iterator[tuple[np.ndarray, slice]]:
+        """(ids of NUM_PAGES_MOVED pages, padded with one past the end; where in page_ids they stand)."""
+        for start in range(0, len(page_ids), NUM_PAGES_MOVED):
+            rows = slice(start, min(start + NUM_PAGES_MOVED, len(page_ids)))
+            ids = np.full(NUM_PAGES_MOVED, self._context.shape.num_pages, np.int32)
+            ids[: rows.stop - rows.start] = page_ids[rows]
+            yield ids, rows
+
+    @property
+    def params(self) -> DecoderParams:
+        return self._params
 
     def device_arrays_bytes(self) -> dict[str, int]:
         """Bytes of what lives on the device between steps."""
@@ -117,10 +163,6 @@ class Runner:
             sent = jax.device_put(packed)
             self._sent_decode = packed, sent
         return sent
-
-    def _send_rules(self, sequence: Sequence) -> None:
-        rows = rule_rows(sequence, self._context.config.vocab_size)
-        self._state = self._programs["set_rules"](self._state, np.int32(sequence.slot or 0), rows)
 
     @staticmethod
     def _wanted(plan: StepPlan, output: StepOutput) -> list[jax.Array]:
@@ -178,4 +220,17 @@ class Runner:
         row = shapes(jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape[1:], array.dtype), state.rules))
         rows = RuleRows(row.counts, row.flags, row.bias, row.bad_words)
         jobs["set_rules"] = partial(set_rules.lower, state, int32(), rows)
-        return jobs
+        set_page_table = jax.jit(_set_page_table, donate_argnums=0)
+        jobs["set_page_table"] = partial(set_page_table.lower, state, int32(), int32(context.shape.max_pages))
+        return jobs | self._page_lowerings(cache)
+
+    @staticmethod
+    def _page_lowerings(cache: KVCache) -> dict[Any, Callable[[], jax.stages.Lowered]]:
+        """The programs that move whole pages between host and device; `cache` holds shapes."""
+        page_ids = jax.ShapeDtypeStruct((NUM_PAGES_MOVED,), jnp.int32)
+        pages = tuple(jax.ShapeDtypeStruct((NUM_PAGES_MOVED, *one.shape[1:]), one.dtype) for one in cache.layers)
+        put_pages = jax.jit(kv_cache.put_pages, donate_argnums=0)
+        return {
+            "take_pages": partial(jax.jit(kv_cache.take_pages).lower, cache, page_ids),
+            "put_pages": partial(put_pages.lower, cache, page_ids, pages),
+        }

@@ -64,11 +64,24 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queues a new sequence. Raises ValueError if it could never be computed, even alone in the pool."""
-        if sequence.sequence_id in self._unfinished:
-            raise ValueError(f"sequence id {sequence.sequence_id} is in use; give every sequence an id of its own")
-        self.check_fits(sequence)
-        self._unfinished[sequence.sequence_id] = sequence
+        self._enter(sequence)
         self._queue(sequence)
+
+    def resume(self, sequence: Sequence, num_computed: int) -> bool:
+        """Takes a sequence whose first num_computed tokens have keys and values outside of the pool.
+
+        True: it runs and holds pages for them, which the caller fills before the next step. False: there is no room,
+        so that it waits, and will be computed anew. Raises ValueError as `add` does.
+        """
+        self._enter(sequence)
+        claimed = sum(map(self._claim, self._running.values())) + self._claim(sequence)
+        if num_computed == 0 or not self._free_slots or claimed > self.allocator.num_free:
+            self._queue(sequence)
+            return False
+        self._start(sequence)
+        sequence.pages = self.allocator.allocate(self._num_pages_for(num_computed))
+        sequence.num_computed = num_computed
+        return True
 
     def check_fits(self, sequence: Sequence) -> None:
         """Raises ValueError, with what to raise and by how much, for a sequence too long for the whole pool."""
@@ -158,6 +171,12 @@ class Scheduler:
 
     def _num_pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
+
+    def _enter(self, sequence: Sequence) -> None:
+        if sequence.sequence_id in self._unfinished:
+            raise ValueError(f"sequence id {sequence.sequence_id} is in use; give every sequence an id of its own")
+        self.check_fits(sequence)
+        self._unfinished[sequence.sequence_id] = sequence
 
     def _queue(self, sequence: Sequence) -> None:
         sequence.status = SequenceStatus.WAITING

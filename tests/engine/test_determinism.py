@@ -35,4 +35,4 @@ def test_a_result_depends_on_the_request_alone(platform, dtype, num_requests, ch
     assert report.pop("num_preemptions") > 3
     assert report.pop("num_distinct") == num_requests
     assert report == {name: [] for name in report}
-    assert len(report) == 7
+    assert len(report) == 8
