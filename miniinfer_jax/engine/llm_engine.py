@@ -25,6 +25,7 @@ from miniinfer_jax.engine.validation import (
     bad_word_ids,
     check_params,
     check_prompt,
+    check_rewind,
     check_something_allowed,
 )
 from miniinfer_jax.models.decoder import DecoderParams
@@ -191,6 +192,28 @@ class LLMEngine:
     def program_texts(self, num_rows: int | None = None) -> list[str]:
         """The compiled steps as HLO text: the one that decodes num_rows sequences of plain requests, or all."""
         return self._runner.program_texts(num_rows)
+
+    def rewind(self, request_id: str, num_tokens: int, *, seed: int | None = None) -> RequestOutput:
+        """Takes back the last num_tokens tokens that a request drew, each of its sequences; how it stands then.
+
+        It goes on from there, and draws the same tokens again unless it is given another seed. Steps in flight are read
+        first, and their tokens count. Raises ValueError, with nothing changed, for a request that is not known or has
+        ended, and for more tokens than it drew.
+        """
+        self._drain()
+        request = self._requests.get(request_id)
+        if request is None:
+            raise RequestError(f"request {request_id!r} is not running or waiting; rewind one that is not finished")
+        check_rewind(request_id, [one.sequence for one in request.continuations], num_tokens, seed)
+        for continuation in request.continuations:
+            sequence = continuation.sequence
+            self._scheduler.rewind(sequence, num_tokens)
+            continuation.forget(num_tokens, self.tokenizer)
+            if seed is not None:
+                sequence.seed = (seed + continuation.index) & MAX_SEED
+            if sequence.slot is not None:
+                self._runner.send_rules(sequence)
+        return request.output()
 
     def snapshot(self) -> Snapshot:
         """The engine's requests, with the keys and values computed so far, as a value; the engine goes on unchanged."""

@@ -144,6 +144,20 @@ class Scheduler:
             sequence.stop_reason = stop_reason
             self._retire(sequence)
 
+    def rewind(self, sequence: Sequence, num_tokens: int) -> None:
+        """Takes back the last num_tokens outputs of a sequence without tokens in flight, and the pages behind the rest.
+
+        The newest token that is left goes through the model once more, for the next to be drawn from it.
+        """
+        assert sequence.num_in_flight == 0 and num_tokens <= len(sequence.output_token_ids)
+        del sequence.output_token_ids[len(sequence.output_token_ids) - num_tokens :]
+        if sequence.status is SequenceStatus.RUNNING:
+            sequence.num_computed = min(sequence.num_computed, sequence.num_known_tokens - 1)
+            sequence.prefill_len = sequence.num_known_tokens
+            num_pages = self._num_pages_for(sequence.num_computed)
+            self.allocator.free(sequence.pages[num_pages:])
+            del sequence.pages[num_pages:]
+
     def abort(self, sequence: Sequence) -> None:
         """Ends a sequence that nobody wants any more, at any point of its life."""
         self.finish(sequence, "abort")

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from miniinfer_jax.batch import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, MAX_LOGPROBS
-from miniinfer_jax.sampling_params import SamplingParams
+from miniinfer_jax.sampling_params import MAX_SEED, SamplingParams
 from miniinfer_jax.sequence import Sequence
 
 
@@ -58,6 +58,22 @@ def check_something_allowed(sequence: Sequence) -> None:
         raise RequestError(
             f"min_tokens is {sequence.params.min_tokens}, and each of allowed_token_ids {str(allowed):.80} "
             "ends the sequence: drop one of the two"
+        )
+
+
+def check_rewind(request_id: str, sequences: list[Sequence], num_tokens: int, seed: int | None) -> None:
+    """Raises RequestError unless each of a request's sequences goes on and has num_tokens outputs to take back."""
+    if not isinstance(num_tokens, int) or isinstance(num_tokens, bool) or num_tokens < 0:
+        raise RequestError(f"num_tokens is {num_tokens!r}; it must be an integer, 0 or more")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED):
+        raise RequestError(f"seed is {seed!r}; it must be None or an integer in [0, {MAX_SEED}]")
+    if any(sequence.is_finished for sequence in sequences):
+        raise RequestError(f"a sequence of request {request_id!r} has ended: rewind a request while all of it runs")
+    num_drawn = min(len(sequence.output_token_ids) for sequence in sequences)
+    if num_tokens > num_drawn:
+        raise RequestError(
+            f"request {request_id!r} has drawn {num_drawn} tokens, and taking back {num_tokens} would go past its "
+            f"prompt: rewind by {num_drawn} at most"
         )
 
 

@@ -224,7 +224,7 @@ def test_the_cache_is_updated_in_place(llm):
     runner = llm.engine._runner
     cache_bytes = sum(array.nbytes for array in jax.tree.leaves(runner._cache))
     for name, program in runner._programs.items():
-        if name != "set_rules":
+        if name not in ("set_rules", "set_page_table", "take_pages"):
             assert program.memory_analysis().alias_size_in_bytes >= cache_bytes
     before = [array.unsafe_buffer_pointer() for array in runner._cache.layers]
     llm.generate(make_prompts(4), GREEDY, use_tqdm=False)

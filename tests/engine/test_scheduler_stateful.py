@@ -109,6 +109,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_pages_per_sequence=num_pages,
             policy=policy,
         )
+        self.policy = policy
         self.max_pending = max_pending  # plans whose tokens are not read yet; the engine itself has two at most
         self.device = FakeDevice(page_size)
         self.sequences: list[Sequence] = []
@@ -132,8 +133,8 @@ class EngineMachine(RuleBasedStateMachine):
             max_len=prompt_len + max_tokens,
             eos_token_ids=(EOS,),
         )
-        allocator, page_size = self.scheduler.allocator, self.scheduler.page_size
-        fits = prompt_len + max_tokens - 1 <= allocator.num_pages * page_size
+        max_pages, page_size = self.scheduler.max_pages_per_sequence, self.scheduler.page_size
+        fits = prompt_len + max_tokens - 1 <= max_pages * page_size
         try:
             self.scheduler.add(sequence)
         except ValueError:
@@ -199,6 +200,50 @@ class EngineMachine(RuleBasedStateMachine):
         assert sequence.finish_reason == (reason_before or ("stop" if by_stop_string else "abort"))
         self.num_events[f"ended while {status.value}"] += 1
 
+    @precondition(lambda self: self.sequences)
+    @rule(index=st.integers(0, 11), num_tokens=st.integers(0, 12))
+    def rewind(self, index: int, num_tokens: int) -> None:
+        """All is read, and some outputs are taken back: they will be drawn again."""
+        while self.pending:
+            self.read()
+        sequence = self.sequences[-1 - index % len(self.sequences)]
+        if not sequence.is_finished:
+            num_tokens = min(num_tokens, len(sequence.output_token_ids))
+            self.num_events["rewound while running"] += num_tokens > 0 and sequence.slot is not None
+            self.scheduler.rewind(sequence, num_tokens)
+            self.num_computed[sequence.sequence_id] = sequence.num_computed
+
+    @precondition(lambda self: self.sequences)
+    @rule(num_pages=st.integers(0, 8))
+    def restore(self, num_pages: int) -> None:
+        """All is read, and the unfinished sequences move to another pool, their pages with them where they fit."""
+        while self.pending:
+            self.read()
+        old, old_device = self.scheduler, self.device
+        self.scheduler = Scheduler(
+            PageAllocator(old.max_pages_per_sequence + num_pages),
+            page_size=old.page_size,
+            max_num_seqs=old.max_num_seqs,
+            max_num_batched_tokens=old.max_num_batched_tokens,
+            max_pages_per_sequence=old.max_pages_per_sequence,
+            policy=self.policy,
+        )
+        self.scheduler.num_preemptions = old.num_preemptions
+        self.device = FakeDevice(old.page_size)
+        for sequence in self.sequences:
+            if sequence.is_finished:
+                continue
+            num_computed, table = sequence.num_computed, old_device.page_tables.get(sequence.slot or 0, {})
+            pages = [old_device.pages[table[p // old.page_size], p % old.page_size] for p in range(num_computed)]
+            sequence.slot, sequence.pages, sequence.num_computed = None, [], 0
+            if self.scheduler.resume(sequence, num_computed):
+                assert sequence.slot is not None
+                self.device.page_tables[sequence.slot] = dict(enumerate(sequence.pages))
+                for position, token_id in enumerate(pages):
+                    self.device.pages[self.device.place(sequence.slot, position)] = token_id
+                self.num_events["restored with its pages"] += 1
+            self.num_computed[sequence.sequence_id] = sequence.num_computed
+
     @invariant()
     def holds_together(self) -> None:
         self.num_events["step"] += 1
@@ -259,17 +304,19 @@ def test_random_lives_leak_nothing_and_end(monkeypatch: pytest.MonkeyPatch):
     run_state_machine_as_test(
         EngineMachine,
         settings=settings(
-            max_examples=300,
+            max_examples=600,
             stateful_step_count=100,
             derandomize=True,
             deadline=None,
         ),
     )
     events = EngineMachine.num_events
-    assert events["step"] >= 20_000, events
+    assert events["step"] >= 50_000, events
     for event in ("preempted", "preempted with a token in flight", "ended after preemption", "mixed step"):
         assert events[event] >= 100, (event, events)
     for event in ("chunked prefill", "stop", "length", "error", "refused"):
+        assert events[event] >= 100, (event, events)
+    for event in ("rewound while running", "restored with its pages"):
         assert events[event] >= 100, (event, events)
     for event in ("ended while waiting", "ended while running", "ended while finished"):
         assert events[event] >= 100, (event, events)
