@@ -4,6 +4,8 @@ import itertools
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
 from numbers import Integral
 from typing import Any
 
@@ -13,6 +15,7 @@ from miniinfer_jax.config import EngineConfig
 from miniinfer_jax.engine.compile_cache import enable_compile_cache
 from miniinfer_jax.engine.llm_engine import LLMEngine
 from miniinfer_jax.engine.memory import choose_dtype, default_device, default_page_size, default_token_budget, size_pool
+from miniinfer_jax.engine.replay import Recorder, check_new
 from miniinfer_jax.engine.snapshot import Snapshot
 from miniinfer_jax.engine.validation import RequestError, encode
 from miniinfer_jax.models.decoder import param_specs
@@ -38,6 +41,7 @@ class LLM:
     num_pages what `gpu_memory_utilization` leaves. load_format "dummy" makes random weights from config.json alone.
     deterministic: a request's tokens and log-probabilities are bitwise the same whatever runs beside it.
     logits_processors: pure functions (logits [B, V], SamplingInputs) -> logits, traced into the step.
+    record: a new file for a log of all that happens, which `miniinfer replay` runs again.
     Raises ValueError (ConfigError, CheckpointError, ...) for what it cannot load or run.
     """
 
@@ -59,8 +63,11 @@ class LLM:
         deterministic: bool = False,
         attention_backend: str = "auto",
         logits_processors: Sequence[Any] = (),
+        record: str | os.PathLike[str] | None = None,
         use_tqdm: bool = True,
     ) -> None:
+        if record is not None:
+            check_new(record)
         folder = resolve(os.fspath(model), revision)
         self.model_config = read_model_config(folder)
         device = default_device(gpu_memory_utilization)
@@ -90,6 +97,17 @@ class LLM:
             tuple(logits_processors),
             use_tqdm=use_tqdm,
         )
+        if record is not None:
+            processors = [getattr(one, "__qualname__", repr(one)) for one in logits_processors]
+            ways = {"load_format": load_format, "revision": revision, "skip_tokenizer_init": skip_tokenizer_init}
+            header = {
+                "arguments": {"model": _lasting_name(model), **ways, **asdict(self.engine.engine_config)},
+                "logits_processors": processors,
+                "description": self.engine.describe_model(),
+                "device": device.device_kind,
+                "jax": version("jax"),
+            }
+            self.engine.record = Recorder(record, header).take
         self._request_ids = itertools.count()
         self._kept: dict[str, list[RequestOutput]] = {}  # by open request: outputs that its call has not taken yet
 
@@ -301,6 +319,12 @@ class LLM:
         if len(params) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts but {len(params)} sampling_params: give one, or one a prompt")
         return list(params)
+
+
+def _lasting_name(model: str | os.PathLike[str]) -> str:
+    """The model's name, a folder's as seen from anywhere."""
+    name = os.fspath(model)
+    return os.path.abspath(name) if os.path.isdir(name) else name
 
 
 def _score(output: RequestOutput) -> Score:

@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,15 @@ from miniinfer_jax.engine.batching import CacheShape
 from miniinfer_jax.engine.buckets import choose_buckets, token_budget
 from miniinfer_jax.engine.detokenizer import Detokenizer
 from miniinfer_jax.engine.page_allocator import PageAllocator
+from miniinfer_jax.engine.replay import (
+    Record,
+    ReplayError,
+    TakeRecord,
+    add_record,
+    call_record,
+    step_record,
+    tokens_record,
+)
 from miniinfer_jax.engine.request import Continuation, Request, position_logprobs
 from miniinfer_jax.engine.request_state import request_of, state_of
 from miniinfer_jax.engine.runner import Runner, StepInFlight
@@ -95,11 +105,14 @@ class LLMEngine:
         self._in_flight: deque[StepInFlight] = deque()
         self._news: dict[Request, None] = {}  # requests whose output somebody is still to get
         self._sequence_ids = itertools.count()
+        self.record: TakeRecord | None = None  # what is told all that happens: see `engine/replay.py`
         self._num_requests = self._num_steps = self._num_prompt_tokens = self._num_generated_tokens = 0
 
     def step(self) -> list[RequestOutput]:
         """Dispatches the next step, then reads the one before it while the device works; the outputs that have news."""
         plan = self._scheduler.schedule()
+        if plan.chunks or self._in_flight:
+            self._tell(step_record, plan, self._num_steps + bool(plan.chunks), self._owners)
         if plan.chunks:
             self._in_flight.append(self._runner.run(plan))
             self._num_steps += 1
@@ -127,7 +140,9 @@ class LLMEngine:
         self._num_requests += 1
         continuations = [self._make_continuation(index, sequence) for index, sequence in enumerate(sequences)]
         prompt_logprobs: PromptLogprobs | None = None if params.prompt_logprobs is None else [None]
-        self._enter(Request(request_id, prompt, prompt_token_ids, params, continuations, streams, prompt_logprobs))
+        request = Request(request_id, prompt, prompt_token_ids, params, continuations, streams, prompt_logprobs)
+        self._enter(request)
+        self._tell(add_record, request)
 
     def check_request(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Raises ValueError for a request that this engine cannot serve, however idle it is; queues nothing."""
@@ -151,6 +166,7 @@ class LLMEngine:
         request = self._requests.get(request_id)
         if request is None:
             return None
+        self._tell(call_record, "abort", request_id=request_id)
         for continuation in request.continuations:
             self._scheduler.abort(continuation.sequence)
         return self._close(request)
@@ -158,6 +174,10 @@ class LLMEngine:
     def knows(self, request_id: str) -> bool:
         """Whether a request of this id is running or waiting, or has an output that `step` is still to give."""
         return request_id in self._requests
+
+    def outputs(self) -> list[RequestOutput]:
+        """How each request stands that is running or waiting, in order of arrival."""
+        return [request.output() for request in self._requests.values()]
 
     def has_requests(self) -> bool:
         """Whether any request is running or waiting."""
@@ -189,6 +209,10 @@ class LLMEngine:
         """Bytes on the device of the "weights", of the "pages" and of the slots' "state"."""
         return self._runner.device_arrays_bytes()
 
+    def describe_model(self) -> dict[str, Any]:
+        """What decides which tokens follow: the configuration, the dtype and a checksum of the weights."""
+        return describe_model(self.model_config, self._runner.params)
+
     def program_texts(self, num_rows: int | None = None) -> list[str]:
         """The compiled steps as HLO text: the one that decodes num_rows sequences of plain requests, or all."""
         return self._runner.program_texts(num_rows)
@@ -200,6 +224,7 @@ class LLMEngine:
         first, and their tokens count. Raises ValueError, with nothing changed, for a request that is not known or has
         ended, and for more tokens than it drew.
         """
+        self._tell(call_record, "rewind", request_id=request_id, num_tokens=num_tokens, seed=seed)
         self._drain()
         request = self._requests.get(request_id)
         if request is None:
@@ -217,11 +242,12 @@ class LLMEngine:
 
     def snapshot(self) -> Snapshot:
         """The engine's requests, with the keys and values computed so far, as a value; the engine goes on unchanged."""
+        self._tell(call_record, "snapshot")
         self._drain()
         tables = [continuation.sequence.pages for _, continuation in self._owners.values()]
         rows = live_pages(tables)
         return Snapshot(
-            model=self._describe_model(),
+            model=self.describe_model(),
             page_size=self.engine_config.page_size,
             num_requests=self._num_requests,
             requests=tuple(state_of(request, rows) for request in self._requests.values()),
@@ -234,7 +260,9 @@ class LLMEngine:
         What finds no pages or no slot waits, and is computed anew. Raises ValueError, with nothing changed, for the
         snapshot of another model and for a request that this engine cannot serve or whose id is in use.
         """
-        check_model(snapshot.model, self._describe_model())
+        if self.record is not None:
+            raise ReplayError("an engine that records takes up no snapshot: its log would not say what was in it")
+        check_model(snapshot.model, self.describe_model())
         for state in snapshot.requests:
             self._check_new_id(state.request_id)
             self.check_request(list(state.prompt_token_ids), state.params)
@@ -259,9 +287,6 @@ class LLMEngine:
             self._runner.write_pages(sequence.pages, pages)
             self._runner.send_page_table(sequence)
             self._runner.send_rules(sequence)
-
-    def _describe_model(self) -> dict[str, Any]:
-        return describe_model(self.model_config, self._runner.params)
 
     def _check_new_id(self, request_id: str) -> None:
         if self.knows(request_id):
@@ -296,6 +321,7 @@ class LLMEngine:
         token_ids, samples = step.token_ids().tolist(), step.plan.samples
         live = [(row, sequence) for row, sequence in samples if not sequence.is_finished]
         tokens = [token_ids[row] if token_ids[row] >= 0 else None for row, _ in samples]
+        self._tell(tokens_record, [sequence for _, sequence in samples], tokens, self._owners)
         self._take_prompt_logprobs(step)
         self._scheduler.update(step.plan, tokens)
 
@@ -304,6 +330,11 @@ class LLMEngine:
             if token_ids[row] >= 0:
                 self._take_token(request, continuation, row, step)
             self._news[request] = None
+
+    def _tell(self, make: Callable[..., Record], *values: Any, **named: Any) -> None:
+        """Makes a record, if anybody wants it."""
+        if self.record is not None:
+            self.record(make(*values, **named))
 
     def _drain(self) -> None:
         """Reads all steps in flight, so that nothing of a request is known to the device alone."""

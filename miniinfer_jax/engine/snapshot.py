@@ -78,13 +78,13 @@ def describe_model(config: ModelConfig, params: DecoderParams) -> dict[str, Any]
     return {**_flat(asdict(config)), "dtype": params.embedding.dtype.name, "weights": _checksum(params)}
 
 
-def check_model(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Raises SnapshotError, naming each field with both values, for a snapshot of another model."""
+def check_model(theirs: dict[str, Any], ours: dict[str, Any], what: str = "the snapshot") -> None:
+    """Raises SnapshotError, naming each field with both values, for a snapshot (or a log) of another model."""
     absent = object()
     names = [name for name in {**ours, **theirs} if theirs.get(name, absent) != ours.get(name, absent)]
     if names:
         differences = "; ".join(f"{name} is {theirs.get(name)!r}, here {ours.get(name)!r}" for name in names)
-        raise SnapshotError(f"the snapshot is of another model: {differences}. Load that model to restore it")
+        raise SnapshotError(f"{what} is of another model: {differences}. Load that model to continue")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

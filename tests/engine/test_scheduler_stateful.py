@@ -304,7 +304,7 @@ def test_random_lives_leak_nothing_and_end(monkeypatch: pytest.MonkeyPatch):
     run_state_machine_as_test(
         EngineMachine,
         settings=settings(
-            max_examples=600,
+            max_examples=700,
             stateful_step_count=100,
             derandomize=True,
             deadline=None,
