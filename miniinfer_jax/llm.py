@@ -193,6 +193,14 @@ class LLM:
             self.engine.check_request(token_ids, one)
         return self._deltas(requests)
 
+    def sleep(self, *, keep_cache: bool = False) -> None:
+        """`LLMEngine.sleep`: the weights wait in host memory, and the device's memory is free for others."""
+        self.engine.sleep(keep_cache=keep_cache)
+
+    def wake_up(self) -> None:
+        """`LLMEngine.wake_up`."""
+        self.engine.wake_up()
+
     def _deltas(self, requests: list[tuple[str | None, list[int], SamplingParams]]) -> Iterator[TextDelta]:
         indices: dict[str, int] = {}
         shown: dict[tuple[str, int], CompletionOutput] = {}

@@ -31,6 +31,7 @@ from miniinfer_jax.engine.scheduler import Scheduler
 from miniinfer_jax.engine.snapshot import Snapshot, check_model, describe_model, live_pages
 from miniinfer_jax.engine.steps import LogitsProcessor, StepContext
 from miniinfer_jax.engine.validation import (
+    EngineAsleep,
     RequestError,
     bad_word_ids,
     check_params,
@@ -88,10 +89,10 @@ class LLMEngine:
         )
         context = StepContext(model_config, shape, backend, logits_processors)
         # On a GPU the host waits at a branch; on a CPU it costs nothing, and fewer programs start sooner.
-        on_gpu = jax.default_backend() == "gpu"
-        buckets = choose_buckets(engine_config, with_plain=on_gpu and not logits_processors)
+        self._on_gpu = jax.default_backend() == "gpu"
+        buckets = choose_buckets(engine_config, with_plain=self._on_gpu and not logits_processors)
         self._runner = Runner(context, params, buckets, use_tqdm=use_tqdm)
-        if on_gpu:
+        if self._on_gpu:
             self._runner.warm_up()
         self._scheduler = Scheduler(
             PageAllocator(engine_config.num_pages),
@@ -110,6 +111,7 @@ class LLMEngine:
 
     def step(self) -> list[RequestOutput]:
         """Dispatches the next step, then reads the one before it while the device works; the outputs that have news."""
+        self._check_awake()
         plan = self._scheduler.schedule()
         if plan.chunks or self._in_flight:
             self._tell(step_record, plan, self._num_steps + bool(plan.chunks), self._owners)
@@ -224,6 +226,7 @@ class LLMEngine:
         first, and their tokens count. Raises ValueError, with nothing changed, for a request that is not known or has
         ended, and for more tokens than it drew.
         """
+        self._check_awake()
         self._tell(call_record, "rewind", request_id=request_id, num_tokens=num_tokens, seed=seed)
         self._drain()
         request = self._requests.get(request_id)
@@ -240,8 +243,44 @@ class LLMEngine:
                 self._runner.send_rules(sequence)
         return request.output()
 
+    @property
+    def is_sleeping(self) -> bool:
+        return self._runner.is_asleep
+
+    def sleep(self, *, keep_cache: bool = False) -> None:
+        """Frees the device: weights go to host memory, keys and values too (keep_cache) or are dropped.
+
+        Requests stay and may be added or aborted; what was dropped is computed anew after `wake_up`. Until then
+        everything that needs the device raises EngineAsleep. Does nothing if the engine sleeps already.
+        """
+        if self.is_sleeping:
+            return
+        self._tell(call_record, "sleep", keep_cache=keep_cache)
+        self._drain()
+        if not keep_cache:
+            self._scheduler.preempt_all()
+        self._runner.sleep(list(live_pages(sequence.pages for sequence in self._scheduler.running)))
+
+    def wake_up(self) -> None:
+        """Brings a sleeping engine back to the device; nothing is compiled. Does nothing if it is awake."""
+        if not self.is_sleeping:
+            return
+        self._tell(call_record, "wake_up")
+        self._runner.wake_up()
+        if self._on_gpu:
+            self._runner.warm_up()  # XLA records its graphs anew for buffers that lie elsewhere
+        for sequence in self._scheduler.running:
+            self._runner.send_page_table(sequence)
+            self._runner.send_rules(sequence)
+            self._scheduler.rewind(sequence, 0)  # the slot must be told its last token and its sampling values
+
+    def _check_awake(self) -> None:
+        if self.is_sleeping:
+            raise EngineAsleep("the engine sleeps, its weights are in host memory: call wake_up() first")
+
     def snapshot(self) -> Snapshot:
         """The engine's requests, with the keys and values computed so far, as a value; the engine goes on unchanged."""
+        self._check_awake()
         self._tell(call_record, "snapshot")
         self._drain()
         tables = [continuation.sequence.pages for _, continuation in self._owners.values()]
@@ -260,6 +299,7 @@ class LLMEngine:
         What finds no pages or no slot waits, and is computed anew. Raises ValueError, with nothing changed, for the
         snapshot of another model and for a request that this engine cannot serve or whose id is in use.
         """
+        self._check_awake()
         if self.record is not None:
             raise ReplayError("an engine that records takes up no snapshot: its log would not say what was in it")
         check_model(snapshot.model, self.describe_model())

@@ -2,7 +2,8 @@
 
 An engine gives each record to a function: `Recorder.take` writes it down, `Replayer.take` compares it with the line
 that was written. Records are numbered. Their kinds: "engine", the first, says how the engine was made; "add", "abort",
-"rewind", "snapshot" and "step" are calls, a step's with what was decided in it; "tokens" is what a call read.
+"rewind", "snapshot", "sleep", "wake_up" and "step" are calls, a step's with what was decided in it; "tokens" is what
+a call read.
 """
 
 import json
@@ -181,5 +182,9 @@ def _call(engine: "LLMEngine", record: Record) -> None:
                     engine.rewind(record["request_id"], record["num_tokens"], seed=record["seed"])
             case "snapshot":
                 engine.snapshot()
+            case "sleep":
+                engine.sleep(keep_cache=record["keep_cache"])
+            case "wake_up":
+                engine.wake_up()
     except KeyError as error:
         raise ReplayError(f"record {record['number']} ({record['kind']}) has no {error}; it is damaged") from None

@@ -41,6 +41,16 @@ class StepInFlight:
         return np.asarray(self.output.token_ids)
 
 
+@dataclass(frozen=True)
+class Sleep:
+    """What a sleeping runner keeps in host memory: weights as numpy arrays, and pages, one array a layer."""
+
+    weights: DecoderParams
+    shardings: DecoderParams
+    page_ids: list[int]
+    pages: tuple[np.ndarray, ...]
+
+
 def _set_rules(state: DecodeState, slot: jax.Array, rows: RuleRows) -> DecodeState:
     """The state with the rules of one slot replaced."""
     arrays = TokenRules(*map(jnp.asarray, rows))
@@ -56,17 +66,22 @@ class Runner:
     """Runs plans. Everything that can be compiled is compiled when it is made; after that, nothing."""
 
     def __init__(self, context: StepContext, params: DecoderParams, buckets: Buckets, *, use_tqdm: bool) -> None:
-        config, shape = context.config, context.shape
         self._context = context
         self._buckets = buckets
         self._params = params
-        dtype = params.embedding.dtype.name
+        self._sleep: Sleep | None = None
+        self._create_buffers()
+        self._programs = self._compile_all(use_tqdm)
+
+    def _create_buffers(self) -> None:
+        """What the steps write to: an empty pool, empty slots, and no tokens."""
+        config, shape = self._context.config, self._context.shape
+        dtype = self._params.embedding.dtype.name
         self._cache = kv_cache.create(config, shape.num_pages, shape.page_size, dtype)
         self._state = create_state(shape.num_slots, shape.max_pages, config.vocab_size)
         # The tokens of the last two decode steps, newest last; the older have been read, and give way to the next.
         self._outboxes = deque(jnp.zeros((shape.num_slots + 1,), jnp.int32) for _ in range(2))
         self._sent_decode: tuple[np.ndarray, jax.Array | None] = np.empty(0), None
-        self._programs = self._compile_all(use_tqdm)
 
     def run(self, plan: StepPlan) -> StepInFlight:
         """Dispatches the step and returns at once; its arrays fill while the host goes on."""
@@ -106,9 +121,11 @@ class Runner:
 
     def read_pages(self, page_ids: list[int]) -> tuple[np.ndarray, ...]:
         """The contents of pages [n] after all steps dispatched so far, one array a layer: [n, S, K, 2, H]; waits."""
-        parts = [self._programs["take_pages"](self._cache, ids) for ids, _ in self._page_batches(page_ids)]
-        layers = zip(*parts, strict=True) if parts else ((layer[:0],) for layer in self._cache.layers)
-        return tuple(np.concatenate([np.asarray(part) for part in layer])[: len(page_ids)] for layer in layers)
+        read = tuple(np.empty((len(page_ids), *layer.shape[1:]), layer.dtype) for layer in self._cache.layers)
+        for ids, rows in self._page_batches(page_ids):
+            for layer, part in zip(read, self._programs["take_pages"](self._cache, ids), strict=True):
+                layer[rows] = np.asarray(part)[: rows.stop - rows.start]
+        return read
 
     def write_pages(self, page_ids: list[int], pages: tuple[np.ndarray, ...]) -> None:
         """Fills pages [n] from one array a layer, [n, S, K, 2, H], before whatever step is dispatched next."""
@@ -127,11 +144,33 @@ class Runner:
             yield ids, rows
 
     @property
+    def is_asleep(self) -> bool:
+        return self._sleep is not None
+
+    def sleep(self, page_ids: list[int]) -> None:
+        """Moves the weights and these pages to host memory, and lets go of everything on the device; waits."""
+        pages = self.read_pages(page_ids)
+        # A copy: on a CPU device numpy would share the memory that is to be freed.
+        weights = jax.tree.map(lambda array: np.array(array, copy=True), self._params)
+        self._sleep = Sleep(weights, jax.tree.map(lambda array: array.sharding, self._params), page_ids, pages)
+        del self._params, self._cache, self._state, self._outboxes, self._sent_decode
+
+    def wake_up(self) -> None:
+        """Brings weights and pages back to the device; slots are empty, and page tables must be sent again."""
+        assert self._sleep is not None
+        asleep, self._sleep = self._sleep, None
+        self._params = jax.device_put(asleep.weights, asleep.shardings)
+        self._create_buffers()
+        self.write_pages(asleep.page_ids, asleep.pages)
+
+    @property
     def params(self) -> DecoderParams:
         return self._params
 
     def device_arrays_bytes(self) -> dict[str, int]:
         """Bytes of what lives on the device between steps."""
+        if self.is_asleep:
+            return {"weights": 0, "pages": 0, "state": 0}
         owned = {"weights": self._params, "pages": self._cache, "state": self._state}
         return {name: sum(array.nbytes for array in jax.tree.leaves(tree)) for name, tree in owned.items()}
 

@@ -144,6 +144,16 @@ class Scheduler:
             sequence.stop_reason = stop_reason
             self._retire(sequence)
 
+    @property
+    def running(self) -> list[Sequence]:
+        """The sequences that hold a slot and pages."""
+        return list(self._running.values())
+
+    def preempt_all(self) -> None:
+        """Takes all slots and pages back; every sequence waits, to be computed anew."""
+        for sequence in self.running:
+            self._preempt(sequence)
+
     def rewind(self, sequence: Sequence, num_tokens: int) -> None:
         """Takes back the last num_tokens outputs of a sequence without tokens in flight, and the pages behind the rest.
 

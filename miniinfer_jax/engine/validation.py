@@ -12,6 +12,10 @@ class RequestError(ValueError):
     """A request that this engine cannot serve; says what, the limit and the remedy."""
 
 
+class EngineAsleep(ValueError):
+    """A call that needs the device, which a sleeping engine has given back."""
+
+
 def check_prompt(prompt_token_ids: list[int], vocab_size: int, max_model_len: int, remedy: str) -> None:
     """Raises RequestError for an empty prompt, one without room for an output (with `remedy`), or unknown ids."""
     if not prompt_token_ids:
