@@ -48,6 +48,9 @@ def run(engine):
                 engine.rewind("r0", 1000)
         if step == 14:
             engine.snapshot()
+        if step in (20, 25):
+            engine.sleep(keep_cache=step == 20)
+            engine.wake_up()
         last |= {output.request_id: output for output in engine.step()}
         if step > 30 and not engine.has_unfinished_requests():
             return last

@@ -1,6 +1,7 @@
 """`LLMEngine`: requests in, steps, outputs out."""
 
 import itertools
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from miniinfer_jax.config import EngineConfig, ModelConfig
 from miniinfer_jax.engine.batching import CacheShape
 from miniinfer_jax.engine.buckets import choose_buckets, token_budget
 from miniinfer_jax.engine.detokenizer import Detokenizer
+from miniinfer_jax.engine.memory import fewer_pages, is_out_of_memory
 from miniinfer_jax.engine.page_allocator import PageAllocator
 from miniinfer_jax.engine.replay import (
     Record,
@@ -43,7 +45,9 @@ from miniinfer_jax.models.decoder import DecoderParams
 from miniinfer_jax.ops.attention import choose_backend
 from miniinfer_jax.outputs import PromptLogprobs, RequestOutput
 from miniinfer_jax.sampling_params import MAX_SEED, SamplingParams
-from miniinfer_jax.sequence import Chunk, Sequence
+from miniinfer_jax.sequence import Chunk, Sequence, StepPlan
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class EngineStats:
     num_free_pages: int
     num_pages: int
     num_preemptions: int
+    num_memory_failures: int  # times that the device ran out of memory, and the engine went on with less
     num_steps: int
     num_prompt_tokens: int
     num_generated_tokens: int
@@ -83,19 +88,12 @@ class LLMEngine:
         self.tokenizer = tokenizer
         page_size = engine_config.page_size
         max_pages = -(-self.max_model_len // page_size)
-        shape = CacheShape(engine_config.num_pages, page_size, engine_config.max_num_seqs, max_pages)
-        backend = choose_backend(
-            engine_config.attention_backend, model_config, params.embedding.dtype.name, page_size, jax.devices()[0]
-        )
-        context = StepContext(model_config, shape, backend, logits_processors)
-        # On a GPU the host waits at a branch; on a CPU it costs nothing, and fewer programs start sooner.
         self._on_gpu = jax.default_backend() == "gpu"
-        buckets = choose_buckets(engine_config, with_plain=self._on_gpu and not logits_processors)
-        self._runner = Runner(context, params, buckets, use_tqdm=use_tqdm)
-        if self._on_gpu:
-            self._runner.warm_up()
+        self._num_memory_failures = 0
+        self._runner = self._make_runner(params, logits_processors, max_pages, use_tqdm)
+        num_pages = self._runner.num_pages
         self._scheduler = Scheduler(
-            PageAllocator(engine_config.num_pages),
+            PageAllocator(num_pages),
             page_size=page_size,
             max_num_seqs=engine_config.max_num_seqs,
             max_num_batched_tokens=token_budget(engine_config),
@@ -114,15 +112,93 @@ class LLMEngine:
         self._check_awake()
         plan = self._scheduler.schedule()
         if plan.chunks or self._in_flight:
-            self._tell(step_record, plan, self._num_steps + bool(plan.chunks), self._owners)
-        if plan.chunks:
-            self._in_flight.append(self._runner.run(plan))
-            self._num_steps += 1
-        if not self._in_flight:
-            self._scheduler.check()  # idle: every page must be back
-        elif not plan.chunks or len(self._in_flight) > 1:  # else the first step of a burst: nothing to read yet
-            self._read(self._in_flight.popleft())
+            self._num_steps += bool(plan.chunks)
+            self._tell(step_record, plan, self._num_steps, self._owners)
+        try:
+            if plan.chunks:
+                self._in_flight.append(self._runner.run(plan))
+            if not self._in_flight:
+                self._scheduler.check()  # idle: every page must be back
+            elif not plan.chunks or len(self._in_flight) > 1:  # else the first step of a burst: nothing to read yet
+                plan = self._in_flight[0].plan
+                self._read_oldest()
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._recover(plan, error)
         return self._deliver()
+
+    def _recover(self, plan: StepPlan, error: Exception) -> None:
+        """After the device had no room for a plan: reads what came before it, and starts over smaller.
+
+        Smaller steps need less workspace, and only a smaller pool less than that. Raises the error, with all requests
+        still there, where the pool could not be smaller.
+        """
+        try:
+            self._drain()
+        except jax.errors.JaxRuntimeError:
+            self._in_flight.clear()  # they would have followed the one that failed
+        num_pages, budget = self._runner.num_pages, self._runner.smaller_budget(plan)
+        while True:
+            self._num_memory_failures += 1
+            if budget is None:
+                before, num_pages = num_pages, fewer_pages(num_pages, self._scheduler.num_pages_needed())
+                if num_pages == before:
+                    raise error
+            logger.warning(
+                "the device ran out of memory: %d sequences are computed anew, with %d pages and %s tokens a step (%s)",
+                *(self._scheduler.num_running, num_pages, budget or self._scheduler.max_num_batched_tokens, error),
+            )
+            try:
+                return self.start_over(num_pages, budget or self._scheduler.max_num_batched_tokens)
+            except jax.errors.JaxRuntimeError as another:
+                if not is_out_of_memory(another):
+                    raise
+                error, budget = another, None
+
+    def start_over(self, num_pages: int, max_num_batched_tokens: int) -> None:
+        """Computes everything anew that is in flight, in a pool and in steps of other sizes; no output token is lost.
+
+        Compiles for a pool of another size.
+        """
+        self._tell(call_record, "start_over", num_pages=num_pages, max_num_batched_tokens=max_num_batched_tokens)
+        self._in_flight.clear()
+        self._scheduler.start_over(num_pages, max_num_batched_tokens)
+        self._runner.start_over(num_pages)
+
+    def _make_runner(
+        self,
+        params: DecoderParams,
+        logits_processors: tuple[LogitsProcessor, ...],
+        max_pages: int,
+        use_tqdm: bool,
+    ) -> Runner:
+        """The runner, with fewer pages than asked for where the device has no room for them."""
+        config, model, num_pages = self.engine_config, self.model_config, self.engine_config.num_pages
+        assert num_pages is not None
+        backend = choose_backend(
+            config.attention_backend, model, params.embedding.dtype.name, config.page_size, jax.devices()[0]
+        )
+        # On a GPU the host waits at a branch; on a CPU it costs nothing, and fewer programs start sooner.
+        buckets = choose_buckets(config, with_plain=self._on_gpu and not logits_processors)
+        while True:
+            shape = CacheShape(num_pages, config.page_size, config.max_num_seqs, max_pages)
+            try:
+                runner = Runner(
+                    StepContext(model, shape, backend, logits_processors), params, buckets, use_tqdm=use_tqdm
+                )
+                if self._on_gpu:
+                    runner.warm_up()
+                return runner
+            except jax.errors.JaxRuntimeError as error:
+                fewer = fewer_pages(num_pages, max_pages)
+                if not is_out_of_memory(error) or fewer == num_pages:
+                    raise
+                logger.warning(
+                    "the device ran out of memory at the start: %d pages, not %d (%s)", fewer, num_pages, error
+                )
+                self._num_memory_failures += 1
+                num_pages = fewer
 
     def add_request(
         self,
@@ -202,6 +278,7 @@ class LLMEngine:
             num_free_pages=scheduler.allocator.num_free,
             num_pages=scheduler.allocator.num_pages,
             num_preemptions=scheduler.num_preemptions,
+            num_memory_failures=self._num_memory_failures,
             num_steps=self._num_steps,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
@@ -379,7 +456,11 @@ class LLMEngine:
     def _drain(self) -> None:
         """Reads all steps in flight, so that nothing of a request is known to the device alone."""
         while self._in_flight:
-            self._read(self._in_flight.popleft())
+            self._read_oldest()
+
+    def _read_oldest(self) -> None:
+        self._read(self._in_flight[0])
+        self._in_flight.popleft()
 
     def _deliver(self) -> list[RequestOutput]:
         """The outputs of the requests that have news."""

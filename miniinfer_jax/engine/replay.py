@@ -2,8 +2,8 @@
 
 An engine gives each record to a function: `Recorder.take` writes it down, `Replayer.take` compares it with the line
 that was written. Records are numbered. Their kinds: "engine", the first, says how the engine was made; "add", "abort",
-"rewind", "snapshot", "sleep", "wake_up" and "step" are calls, a step's with what was decided in it; "tokens" is what
-a call read.
+"rewind", "snapshot", "sleep", "wake_up", "start_over" and "step" are calls, a step's with what was decided in it;
+"tokens" is what a call read.
 """
 
 import json
@@ -184,6 +184,8 @@ def _call(engine: "LLMEngine", record: Record) -> None:
                 engine.snapshot()
             case "sleep":
                 engine.sleep(keep_cache=record["keep_cache"])
+            case "start_over":
+                engine.start_over(record["num_pages"], record["max_num_batched_tokens"])
             case "wake_up":
                 engine.wake_up()
     except KeyError as error:

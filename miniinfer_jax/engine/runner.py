@@ -83,20 +83,44 @@ class Runner:
         self._outboxes = deque(jnp.zeros((shape.num_slots + 1,), jnp.int32) for _ in range(2))
         self._sent_decode: tuple[np.ndarray, jax.Array | None] = np.empty(0), None
 
+    def _drop_buffers(self) -> None:
+        """Lets go of what `_create_buffers` made, as far as it came."""
+        for name in ("_cache", "_state", "_outboxes", "_sent_decode"):
+            vars(self).pop(name, None)
+
     def run(self, plan: StepPlan) -> StepInFlight:
         """Dispatches the step and returns at once; its arrays fill while the host goes on."""
         for chunk in plan.chunks:
             if chunk.start == 0:
                 self.send_rules(chunk.sequence)
-        if self._buckets.decode and plan.is_decode_only:
+        bucket = self._bucket_for(plan)
+        if isinstance(bucket, DecodeBucket):
             plan.chunks.sort(key=lambda chunk: chunk.start)  # rows of like length may share a tile of attention
-            bucket = self._buckets.for_rows(len(plan.chunks), plan.is_plain)
-        else:
-            bucket = self._buckets.for_chunks(plan.num_tokens, len(plan.chunks), plan.is_plain)
         output = self._dispatch(bucket, plan)
         for array in self._wanted(plan, output):
             array.copy_to_host_async()
         return StepInFlight(plan, output)
+
+    def _bucket_for(self, plan: StepPlan) -> DecodeBucket | RaggedBucket:
+        if self._buckets.decode and plan.is_decode_only:
+            return self._buckets.for_rows(len(plan.chunks), plan.is_plain)
+        return self._buckets.for_chunks(plan.num_tokens, len(plan.chunks), plan.is_plain)
+
+    def smaller_budget(self, plan: StepPlan) -> int | None:
+        """The most tokens of a step that needs less memory than this plan's; None if only a smaller pool helps."""
+        bucket = self._bucket_for(plan)
+        smaller = [other.num_tokens for other in self._buckets.ragged if other.num_tokens < bucket.num_tokens]
+        return max(smaller, default=None) if isinstance(bucket, RaggedBucket) else None
+
+    def start_over(self, num_pages: int) -> None:
+        """Makes buffers anew, those there are having been lost; compiles all anew for a pool of another size."""
+        self._drop_buffers()
+        if num_pages != self._context.shape.num_pages:
+            self._context = replace(self._context, shape=replace(self._context.shape, num_pages=num_pages))
+            self._create_buffers()
+            self._programs = self._compile_all(use_tqdm=False)
+        else:
+            self._create_buffers()
 
     def warm_up(self) -> None:
         """Runs every step twice over nothing but padding, which leaves no trace.
@@ -144,6 +168,10 @@ class Runner:
             yield ids, rows
 
     @property
+    def num_pages(self) -> int:
+        return self._context.shape.num_pages
+
+    @property
     def is_asleep(self) -> bool:
         return self._sleep is not None
 
@@ -153,7 +181,8 @@ class Runner:
         # A copy: on a CPU device numpy would share the memory that is to be freed.
         weights = jax.tree.map(lambda array: np.array(array, copy=True), self._params)
         self._sleep = Sleep(weights, jax.tree.map(lambda array: array.sharding, self._params), page_ids, pages)
-        del self._params, self._cache, self._state, self._outboxes, self._sent_decode
+        del self._params
+        self._drop_buffers()
 
     def wake_up(self) -> None:
         """Brings weights and pages back to the device; slots are empty, and page tables must be sent again."""

@@ -154,6 +154,21 @@ class Scheduler:
         for sequence in self.running:
             self._preempt(sequence)
 
+    def start_over(self, num_pages: int, max_num_batched_tokens: int) -> None:
+        """Has everything computed anew, in an empty pool and under a budget of other sizes.
+
+        Tokens in flight are lost, and will be drawn again. The pool must hold each unfinished sequence.
+        """
+        self.preempt_all()
+        for sequence in self._unfinished.values():
+            sequence.num_in_flight = 0
+        self.allocator = PageAllocator(num_pages)
+        self.max_num_batched_tokens = max_num_batched_tokens
+
+    def num_pages_needed(self) -> int:
+        """The pages that the longest unfinished sequence may come to need."""
+        return max((self._num_pages_for(sequence.max_len - 1) for sequence in self._unfinished.values()), default=1)
+
     def rewind(self, sequence: Sequence, num_tokens: int) -> None:
         """Takes back the last num_tokens outputs of a sequence without tokens in flight, and the pages behind the rest.
 
