@@ -124,6 +124,7 @@ class EngineConfig:
     seed: int = 0
     deterministic: bool = False
     attention_backend: str = "auto"
+    enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size", "num_pages"):
@@ -131,6 +132,10 @@ class EngineConfig:
             optional = name in ("max_model_len", "num_pages") and value is None
             is_size = isinstance(value, int) and not isinstance(value, bool) and value > 0
             _require(optional or is_size, f"{name} is {value!r}; it must be a positive integer")
+        _require(
+            isinstance(self.enable_prefix_caching, bool),
+            f"enable_prefix_caching is {self.enable_prefix_caching!r}; it must be True or False",
+        )
         _require(
             0.0 < self.gpu_memory_utilization <= 1.0,
             f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be in (0, 1]",

@@ -57,6 +57,12 @@ def put_pages(cache: KVCache, page_ids: jax.Array, pages: tuple[jax.Array, ...])
     return KVCache(layers=tuple(layer.at[page_ids].set(values, mode="drop") for layer, values in layers))
 
 
+def copy_pages(pages: jax.Array, sources: jax.Array, targets: jax.Array) -> jax.Array:
+    """A layer's pages with what sources [n] held at targets [n]; a target past the end is dropped (padding)."""
+    held = pages.at[sources].get(mode="promise_in_bounds")
+    return pages.at[targets].set(held, mode="drop")
+
+
 def read(pages: jax.Array, page_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values of a layer's pages [W, n], each [W, K, n * S, H]: a matrix for each kv head."""
     num_rows, num_pages = page_ids.shape

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -32,6 +32,14 @@ REQUEST_PREFIX = "llm-"  # so that ids never meet those of a user who drives `LL
 PROMPT_TYPES = {"prompt": str, "prompt_token_ids": Sequence, "messages": Sequence}
 
 
+class TokenizedPrompt(NamedTuple):
+    """A prompt in any of its forms, as the engine takes it."""
+
+    text: str | None
+    token_ids: list[int]
+    cache_salt: str | None = None
+
+
 class LLM:
     """A loaded model that answers prompts; names and meanings are vLLM's.
 
@@ -40,6 +48,7 @@ class LLM:
     a step may carry, is 512 on a CPU and 8,192 elsewhere; page_size 16 and 64; max_model_len the model's own; and
     num_pages what `gpu_memory_utilization` leaves. load_format "dummy" makes random weights from config.json alone.
     deterministic: a request's tokens and log-probabilities are bitwise the same whatever runs beside it.
+    enable_prefix_caching: a prompt that begins like one before it is computed from where they differ.
     logits_processors: pure functions (logits [B, V], SamplingInputs) -> logits, traced into the step.
     record: a new file for a log of all that happens, which `miniinfer replay` runs again.
     Raises ValueError (ConfigError, CheckpointError, ...) for what it cannot load or run.
@@ -62,6 +71,7 @@ class LLM:
         skip_tokenizer_init: bool = False,
         deterministic: bool = False,
         attention_backend: str = "auto",
+        enable_prefix_caching: bool = True,
         logits_processors: Sequence[Any] = (),
         record: str | os.PathLike[str] | None = None,
         use_tqdm: bool = True,
@@ -84,6 +94,7 @@ class LLM:
             seed=seed,
             deterministic=deterministic,
             attention_backend=attention_backend,
+            enable_prefix_caching=enable_prefix_caching,
         )
         enable_compile_cache()
         self.tokenizer = None if skip_tokenizer_init else load_tokenizer(folder)
@@ -119,7 +130,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continues each prompt; outputs in the order of the prompts.
 
-        A prompt is a text, {"prompt": text}, {"prompt_token_ids": ids}, {"messages": [...]} or a list of token ids. A
+        A prompt is a text, {"prompt": text}, {"prompt_token_ids": ids}, {"messages": [...]} or a list of token ids; a
+        "cache_salt" beside it keeps its pages from requests with another one. A
         request that cannot be served raises ValueError when it is the only one; among others it comes back alone with
         `error` set and finish_reason "error", and the others finish.
         """
@@ -188,9 +200,9 @@ class LLM:
         """
         prompts = self._as_list(prompts)
         params = self._params_for(prompts, sampling_params)
-        requests = [(*self._tokenize(prompt), one) for prompt, one in zip(prompts, params, strict=True)]
-        for _, token_ids, one in requests:
-            self.engine.check_request(token_ids, one)
+        requests = [(self._tokenize(prompt), one) for prompt, one in zip(prompts, params, strict=True)]
+        for prompt, one in requests:
+            self.engine.check_request(prompt.token_ids, one, prompt.cache_salt)
         return self._deltas(requests)
 
     def sleep(self, *, keep_cache: bool = False) -> None:
@@ -201,12 +213,23 @@ class LLM:
         """`LLMEngine.wake_up`."""
         self.engine.wake_up()
 
-    def _deltas(self, requests: list[tuple[str | None, list[int], SamplingParams]]) -> Iterator[TextDelta]:
+    def fork(self, request_id: str, new_request_id: str | None = None, *, seed: int | None = None) -> str:
+        """`LLMEngine.fork` of a request of `LLM.engine`; gives the new request's id, made up if it is not given."""
+        if new_request_id is None:
+            new_request_id = f"{request_id}-fork-{next(self._request_ids)}"
+        self.engine.fork(request_id, new_request_id, seed=seed)
+        return new_request_id
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached pages; False, with nothing changed, while requests run."""
+        return self.engine.reset_prefix_cache()
+
+    def _deltas(self, requests: list[tuple[TokenizedPrompt, SamplingParams]]) -> Iterator[TextDelta]:
         indices: dict[str, int] = {}
         shown: dict[tuple[str, int], CompletionOutput] = {}
         try:
-            for index, (text, token_ids, params) in enumerate(requests):
-                indices[self._add(text, token_ids, params, streams=True)] = index
+            for index, (prompt, params) in enumerate(requests):
+                indices[self._add(prompt, params, streams=True)] = index
             unfinished = set(indices)
             while unfinished:
                 for output in self._step(unfinished):
@@ -250,9 +273,11 @@ class LLM:
         ids = (f"{REQUEST_PREFIX}{number}" for number in self._request_ids)
         return next(request_id for request_id in ids if not self.engine.knows(request_id))
 
-    def _add(self, text: str | None, token_ids: list[int], params: SamplingParams, streams: bool) -> str:
+    def _add(self, prompt: TokenizedPrompt, params: SamplingParams, streams: bool) -> str:
         request_id = self._new_id()
-        self.engine.add_request(request_id, token_ids, params, text, streams=streams)
+        self.engine.add_request(
+            request_id, prompt.token_ids, params, prompt.text, cache_salt=prompt.cache_salt, streams=streams
+        )
         return request_id
 
     def _add_or_refuse(
@@ -260,7 +285,7 @@ class LLM:
     ) -> str:
         """Queues a request; one that is refused is put among the outputs, so that the others can go on."""
         try:
-            return self._add(*self._tokenize(prompt), params, streams=False)
+            return self._add(self._tokenize(prompt), params, streams=False)
         except ValueError as error:
             if raises:
                 raise
@@ -279,31 +304,34 @@ class LLM:
         while not self.engine.has_requests() and self.engine.has_unfinished_requests():
             self.engine.step()
 
-    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """(text or None, token ids) of a prompt in any of its forms."""
+    def _tokenize(self, prompt: Prompt) -> TokenizedPrompt:
         if isinstance(prompt, Mapping):
-            key = next(iter(prompt)) if len(prompt) == 1 else None
+            cache_salt = prompt.get("cache_salt")
+            keys = [key for key in prompt if key != "cache_salt"]
+            key = keys[0] if len(keys) == 1 else None
             if key not in PROMPT_TYPES:
                 raise RequestError(
-                    f"a prompt has exactly one of {', '.join(PROMPT_TYPES)}; this one has {sorted(prompt)}"
+                    f"a prompt has exactly one of {', '.join(PROMPT_TYPES)}, and a cache_salt if wanted; "
+                    f"this one has {sorted(prompt)}"
                 )
             value = prompt[key]
             is_text = isinstance(value, str)
             if is_text != (key == "prompt") or not isinstance(value, PROMPT_TYPES[key]):
                 raise RequestError(f"{key} holds {value!r:.80}; it must be a {'text' if key == 'prompt' else 'list'}")
             if key == "messages":
-                return None, self.apply_chat_template(value)
-            prompt = value
+                return TokenizedPrompt(None, self.apply_chat_template(value), cache_salt)
+            return self._tokenize(value)._replace(cache_salt=cache_salt)
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("this model was loaded without a tokenizer: give prompt_token_ids")
-            return prompt, encode(self.tokenizer, prompt)
+            return TokenizedPrompt(prompt, encode(self.tokenizer, prompt))
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
             raise RequestError(f"a prompt is a text, a mapping or a list of token ids, not {type(prompt).__name__}")
         # numpy's integers become Python's; a bool stays one, and is refused with the other ids.
-        return None, [
+        token_ids = [
             int(token) if isinstance(token, Integral) and type(token) is not bool else token for token in prompt
         ]
+        return TokenizedPrompt(None, token_ids)
 
     @staticmethod
     def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

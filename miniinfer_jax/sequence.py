@@ -1,7 +1,7 @@
 """The host's side of a generation: `Sequence`, and `StepPlan`, what the scheduler decides. Standard library only."""
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from miniinfer_jax.sampling_params import SamplingParams
 
@@ -32,13 +32,20 @@ class Sequence:
     max_len: int  # prompt and outputs together: by max_tokens and max_model_len
     eos_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()  # params.bad_words as token ids
+    cache_salt: str | None = None  # pages are found again under the same salt alone
+    parent: "Sequence | None" = None  # whose tokens it goes on from; until it starts, and then shares its pages
     output_token_ids: list[int] = field(default_factory=list)
     status: SequenceStatus = SequenceStatus.WAITING
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_in_flight: int = 0
-    prefill_len: int = 0  # tokens to compute before decoding; set when the sequence is admitted
+    prefill_start: int = 0  # tokens found in pages when the sequence was admitted
+    prefill_len: int = 0  # tokens to compute before decoding, those included; set when the sequence is admitted
+    may_share_part: bool = False  # others may hold its part-filled page too; who writes to it first gets a copy
+    last_chunk_start: int = 0  # what stands before it is written by earlier steps than its latest
+    num_cached_tokens: int = 0  # prefill_start as it was the first time, of the prompt
+    num_unscored: int = 0  # tokens at the prompt's end whose log-probabilities are wanted and not yet read
     num_preemptions: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -52,10 +59,18 @@ class Sequence:
         return self.prompt_token_ids + self.output_token_ids
 
     def tokens_between(self, start: int, end: int) -> list[int]:
-        """token_ids[start:end], without putting a long prompt together for it."""
-        if end <= self.prompt_len:
-            return self.prompt_token_ids[start:end]
-        return self.token_ids[start:end]
+        """token_ids[start:end], without putting all tokens together for it."""
+        prompt_len = self.prompt_len
+        outputs = self.output_token_ids[max(0, start - prompt_len) : max(0, end - prompt_len)]
+        return self.prompt_token_ids[start:end] + outputs
+
+    @property
+    def max_shared_len(self) -> int:
+        """How many tokens may be taken from pages of others: the last is computed to draw from it, and a token of the
+        prompt to score the one behind it."""
+        if self.num_unscored:
+            return self.prompt_len - 1 - self.num_unscored
+        return self.num_known_tokens - 1
 
     @property
     def num_known_tokens(self) -> int:
@@ -84,6 +99,23 @@ class Sequence:
         own = tuple(self.params.stop_token_ids or ())
         return own if self.params.ignore_eos else own + self.eos_token_ids
 
+    def fork(self, sequence_id: int, seed: int) -> "Sequence":
+        """A waiting sequence that goes on, with draws of its own, from the tokens that are known of this one."""
+        return replace(
+            self,
+            sequence_id=sequence_id,
+            seed=seed,
+            parent=self,
+            output_token_ids=list(self.output_token_ids),
+            status=SequenceStatus.WAITING,
+            slot=None,
+            pages=[],
+            num_computed=0,
+            num_in_flight=0,
+            num_preemptions=0,
+            may_share_part=False,
+        )
+
     def append(self, token_id: int) -> None:
         """Takes the oldest in-flight token, now read back, and says in finish_reason whether it ends the sequence."""
         self.num_in_flight -= 1
@@ -101,7 +133,8 @@ class Chunk:
     """Tokens [start, start + length) of a sequence that go through the model in one step.
 
     A decoding sequence is a chunk of one token, which is already on the device. `samples`: the chunk ends at
-    the sequence's last token, so that the step draws the next one.
+    the sequence's last token, so that the step draws the next one. A chunk of no tokens stands behind the one of its
+    parent and draws from the same last token.
     """
 
     sequence: Sequence
@@ -109,6 +142,7 @@ class Chunk:
     length: int
     samples: bool
     is_decode: bool
+    is_first: bool = False  # since its sequence was admitted
 
 
 @dataclass(frozen=True)
@@ -120,12 +154,26 @@ class NewPage:
     page: int
 
 
+@dataclass(frozen=True)
+class PageCopy:
+    """Page `target` gets what `source` holds."""
+
+    source: int
+    target: int
+
+
 @dataclass
 class StepPlan:
-    """What one step computes. Empty chunks: nothing to do."""
+    """What one step computes. Empty chunks: nothing to do.
+
+    Before the step, pages are copied, and shared_pages, which hold tokens already, enter the page tables; new_pages
+    enter them with the step.
+    """
 
     chunks: list[Chunk] = field(default_factory=list)
     new_pages: list[NewPage] = field(default_factory=list)
+    shared_pages: list[NewPage] = field(default_factory=list)
+    copies: list[PageCopy] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
 
     @property

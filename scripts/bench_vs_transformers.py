@@ -131,7 +131,7 @@ def bench_vs_transformers(
     folder = resolve(model)
     reference = load_transformers(folder)
     started_at = time.perf_counter()
-    llm = LLM(folder, dtype="float32", max_num_seqs=64, max_model_len=512, use_tqdm=False)
+    llm = LLM(folder, dtype="float32", max_num_seqs=64, max_model_len=512, enable_prefix_caching=False, use_tqdm=False)
     startup_seconds = time.perf_counter() - started_at
     cases = [compare(llm, reference, case, repeats) for case in make_cases(llm.model_config.vocab_size)]
     document = {

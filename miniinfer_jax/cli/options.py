@@ -85,6 +85,10 @@ class EngineOptions:
     revision: Annotated[str | None, _flag(help="Branch, tag or commit of a hub id.")] = None
     deterministic: Annotated[bool, _flag("--deterministic", help="Bitwise the same in any batch.")] = False
     attention_backend: Annotated[str, _flag(help="Which attention kernels.")] = "auto"
+    enable_prefix_caching: Annotated[
+        bool | None,
+        _flag("--enable-prefix-caching/--no-enable-prefix-caching", help="Compute what prompts share once."),
+    ] = None
 
     def open_llm(self, **defaults: Any) -> "LLM":
         """The LLM of these options; imports JAX only now. `defaults` stand for options left at None."""

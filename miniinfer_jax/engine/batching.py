@@ -24,6 +24,9 @@ NUM_RECENT = MAX_BAD_WORD_LEN - 1
 # Columns of a ragged step's rows; the sampling values and the recent tokens follow.
 SLOT, QUERY_START, LENGTH, START, IS_DECODE, SAMPLES, NEXT_TOKEN, SCORES_PROMPT = range(8)
 NUM_COLUMNS = 8 + NUM_ROW_PARAMS + NUM_RECENT
+# What one call of `share_pages` takes: entries of page tables, and copies. Copies are read before any is written.
+NUM_SHARED_PAGES = 512
+NUM_COPIES = 16
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,27 @@ def unpack_decode(
     return slots, lax.optimization_barrier(inputs), state
 
 
+def pack_sharing(plan: StepPlan, shape: CacheShape) -> list[np.ndarray]:
+    """What must be done before the step, in as many calls as it takes: [3 * NUM_SHARED_PAGES + 2 * NUM_COPIES] each."""
+    num_calls = max(-(-len(plan.shared_pages) // NUM_SHARED_PAGES), -(-len(plan.copies) // NUM_COPIES))
+    entries = np.full((num_calls, NUM_SHARED_PAGES, 3), shape.num_slots, np.int32)
+    copies = np.zeros((num_calls, NUM_COPIES, 2), np.int32)
+    copies[..., 1] = shape.num_pages
+    for index, entry in enumerate(plan.shared_pages):
+        entries[divmod(index, NUM_SHARED_PAGES)] = entry.slot, entry.column, entry.page
+    for index, copy in enumerate(plan.copies):
+        copies[divmod(index, NUM_COPIES)] = copy.source, copy.target
+    return [np.concatenate([one.reshape(-1), two.reshape(-1)]) for one, two in zip(entries, copies, strict=True)]
+
+
+def unpack_sharing(packed: jax.Array, state: DecodeState) -> tuple[jax.Array, jax.Array, DecodeState]:
+    """(sources, targets of the copies [NUM_COPIES], the state with the shared pages in its page table)."""
+    entries, copies = jnp.split(packed, [3 * NUM_SHARED_PAGES])
+    slots, columns, pages = entries.reshape(NUM_SHARED_PAGES, 3).T
+    sources, targets = copies.reshape(NUM_COPIES, 2).T
+    return sources, targets, replace(state, page_table=state.page_table.at[slots, columns].set(pages, mode="drop"))
+
+
 def pack_ragged(plan: StepPlan, bucket: RaggedBucket, shape: CacheShape) -> np.ndarray:
     """One flat array: token ids [T], rows [R, NUM_COLUMNS], new pages [n, 3]. Row r is plan.chunks[r]."""
     tokens = np.zeros(bucket.num_tokens, np.int32)
@@ -122,7 +146,7 @@ def _pack_row(row: np.ndarray, chunk: Chunk, query_start: int) -> None:
     row[IS_DECODE], row[SAMPLES] = chunk.is_decode, chunk.samples
     if chunk.is_decode:
         return  # the slot already holds everything else
-    row[SCORES_PROMPT] = sequence.params.prompt_logprobs is not None
+    row[SCORES_PROMPT] = sequence.num_unscored > 0
     row[NEXT_TOKEN] = sequence.prompt_token_ids[end] if end < sequence.prompt_len else 0
     first = NUM_COLUMNS - NUM_ROW_PARAMS - NUM_RECENT
     values = row_params(sequence)

@@ -23,13 +23,10 @@ class Detokenizer:
 
     @classmethod
     def of(cls, tokenizer: Any, params: SamplingParams, token_ids: list[int]) -> "Detokenizer | None":
-        """One that has taken token_ids, none of which ended the text; None where no text is asked for or possible."""
+        """One that has taken token_ids; None where no text is asked for, or possible."""
         if tokenizer is None or not params.detokenize:
             return None
-        detokenizer = cls(tokenizer, params)
-        for index, token_id in enumerate(token_ids):
-            detokenizer.append(token_id, index + 1)
-        return detokenizer
+        return cls(tokenizer, params).fork(token_ids)
 
     @property
     def settled_len(self) -> int:
@@ -55,6 +52,13 @@ class Detokenizer:
         place, stop = min(found, key=lambda one: one[0])
         self.text = self.text[: place + len(stop) if self._params.include_stop_str_in_output else place]
         return stop
+
+    def fork(self, token_ids: list[int]) -> "Detokenizer":
+        """One more detokenizer, that has taken token_ids, none of which ended the text."""
+        fork = Detokenizer(self._tokenizer, self._params)
+        for num_tokens, token_id in enumerate(token_ids, 1):
+            fork.append(token_id, num_tokens)
+        return fork
 
     def finish(self, token_ids: list[int]) -> None:
         """Completes the text of a sequence that no stop string ended: its last bytes may be no whole character."""

@@ -36,9 +36,11 @@ from miniinfer_jax.engine.validation import (
     EngineAsleep,
     RequestError,
     bad_word_ids,
+    check_cache_salt,
     check_params,
     check_prompt,
     check_rewind,
+    check_seed,
     check_something_allowed,
 )
 from miniinfer_jax.models.decoder import DecoderParams
@@ -56,10 +58,14 @@ class EngineStats:
 
     num_running: int
     num_waiting: int
-    num_free_pages: int
+    num_free_pages: int  # hold nothing
+    num_cached_pages: int  # hold what the prefix cache found again, and are as good as free ones
     num_pages: int
     num_preemptions: int
     num_memory_failures: int  # times that the device ran out of memory, and the engine went on with less
+    num_prefix_queries: int  # tokens of the sequences that started
+    num_prefix_hits: int  # those of them that were in pages already
+    num_evictions: int  # cached pages given away
     num_steps: int
     num_prompt_tokens: int
     num_generated_tokens: int
@@ -98,6 +104,7 @@ class LLMEngine:
             max_num_seqs=engine_config.max_num_seqs,
             max_num_batched_tokens=token_budget(engine_config),
             max_pages_per_sequence=max_pages,
+            enable_prefix_caching=engine_config.enable_prefix_caching,
         )
         self._requests: dict[str, Request] = {}
         self._owners: dict[Sequence, tuple[Request, Continuation]] = {}
@@ -116,7 +123,7 @@ class LLMEngine:
             self._tell(step_record, plan, self._num_steps, self._owners)
         try:
             if plan.chunks:
-                self._in_flight.append(self._runner.run(plan))
+                self._in_flight.append(self._dispatch(plan))
             if not self._in_flight:
                 self._scheduler.check()  # idle: every page must be back
             elif not plan.chunks or len(self._in_flight) > 1:  # else the first step of a burst: nothing to read yet
@@ -146,8 +153,8 @@ class LLMEngine:
                 if num_pages == before:
                     raise error
             logger.warning(
-                "the device ran out of memory: %d sequences are computed anew, with %d pages and %s tokens a step (%s)",
-                *(self._scheduler.num_running, num_pages, budget or self._scheduler.max_num_batched_tokens, error),
+                "the device ran out of memory: what is in flight is computed anew, with %d pages, %d tokens a step (%s)",
+                *(num_pages, budget or self._scheduler.max_num_batched_tokens, error),
             )
             try:
                 return self.start_over(num_pages, budget or self._scheduler.max_num_batched_tokens)
@@ -200,6 +207,14 @@ class LLMEngine:
                 self._num_memory_failures += 1
                 num_pages = fewer
 
+    def _dispatch(self, plan: StepPlan) -> StepInFlight:
+        """Hands a plan to the device; one that did not get there leaves nothing behind that later steps rely on."""
+        try:
+            return self._runner.run(plan)
+        except BaseException:  # Ctrl-C too: what the plan counts as computed would be found in the cache
+            self._scheduler.discard(plan)
+            raise
+
     def add_request(
         self,
         request_id: str,
@@ -207,27 +222,75 @@ class LLMEngine:
         params: SamplingParams,
         prompt: str | None = None,
         *,
+        cache_salt: str | None = None,
         streams: bool = True,
     ) -> None:
-        """Queues a request. Raises ValueError, with nothing changed, for one that this engine cannot serve."""
+        """Queues a request. Raises ValueError, with nothing changed, for one that this engine cannot serve.
+
+        cache_salt: its pages are shared only with requests of the same salt.
+        """
         self._check_new_id(request_id)
-        self.check_request(prompt_token_ids, params)
-        sequences = [self._make_sequence(index, prompt_token_ids, params) for index in range(params.n)]
-        for sequence in sequences:
-            self._scheduler.add(sequence)
+        self.check_request(prompt_token_ids, params, cache_salt)
+        token_ids = list(prompt_token_ids)  # the caller's list may change, and the cache goes by the tokens
+        first = self._make_sequence(0, token_ids, params, cache_salt)
+        if params.prompt_logprobs is not None:
+            first.num_unscored = first.prompt_len - 1
+        others = [self._make_sequence(index, token_ids, params, cache_salt, first) for index in range(1, params.n)]
         self._num_requests += 1
-        continuations = [self._make_continuation(index, sequence) for index, sequence in enumerate(sequences)]
+        continuations = [self._make_continuation(index, sequence) for index, sequence in enumerate((first, *others))]
         prompt_logprobs: PromptLogprobs | None = None if params.prompt_logprobs is None else [None]
-        request = Request(request_id, prompt, prompt_token_ids, params, continuations, streams, prompt_logprobs)
-        self._enter(request)
+        request = Request(request_id, prompt, token_ids, params, continuations, streams, prompt_logprobs)
+        self._queue(request)
         self._tell(add_record, request)
 
-    def check_request(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
+    def fork(
+        self, request_id: str, new_request_id: str, *, seed: int | None = None, streams: bool | None = None
+    ) -> None:
+        """A new request that goes on from what a running one has put out so far, with draws of its own.
+
+        Tokens, text and log-probabilities so far are its own too; of tokens that the device has drawn and nobody has
+        seen yet it draws its own. Nothing is computed again: it shares the full pages. It has the parameters of the
+        other request; without `seed` it gets one by its number, as a request without a seed does. Raises ValueError,
+        with nothing changed, if request_id is not known (any more), or new_request_id is in use.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            raise RequestError(
+                f"request {request_id!r} cannot be forked: it has ended, or was never added; "
+                "fork it before its last output"
+            )
+        self._check_new_id(new_request_id)
+        check_seed(seed)
+        ids = {"request_id": request_id, "new_request_id": new_request_id}
+        self._tell(call_record, "fork", **ids, seed=seed, streams=streams)
+        seed = self._default_seed() if seed is None else seed
+        self._num_requests += 1
+        continuations = [
+            continuation.fork(next(self._sequence_ids), (seed + continuation.index) & MAX_SEED)
+            for continuation in request.continuations
+        ]
+        forked = request.fork(new_request_id, continuations)
+        forked.streams = request.streams if streams is None else streams
+        self._queue(forked)
+
+    def _check_new_id(self, request_id: str) -> None:
+        if self.knows(request_id):
+            raise RequestError(f"request id {request_id!r} is in use; give every request an id of its own")
+
+    def _queue(self, request: Request) -> None:
+        """Takes in a request that was checked."""
+        self._enter(request)
+        for continuation in request.continuations:
+            if not continuation.sequence.is_finished:
+                self._scheduler.add(continuation.sequence)
+
+    def check_request(self, prompt_token_ids: list[int], params: SamplingParams, cache_salt: str | None = None) -> None:
         """Raises ValueError for a request that this engine cannot serve, however idle it is; queues nothing."""
+        check_cache_salt(cache_salt)
         vocab_size = self.model_config.vocab_size
         check_prompt(prompt_token_ids, vocab_size, self.max_model_len, self._remedy(len(prompt_token_ids)))
         check_params(params, vocab_size, self.tokenizer is not None)
-        sequence = self._make_sequence(0, prompt_token_ids, params)
+        sequence = self._make_sequence(0, prompt_token_ids, params, cache_salt)
         check_something_allowed(sequence)
         self._scheduler.check_fits(sequence)
 
@@ -265,6 +328,14 @@ class LLMEngine:
         """Whether there is anything to compute or to read."""
         return bool(self._requests or self._in_flight)
 
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached pages, as after a change of the weights; False, with nothing changed, while requests run.
+
+        Requests that wait hold no pages, and are no hindrance.
+        """
+        self._tell(call_record, "reset_prefix_cache")
+        return self._scheduler.reset_prefix_cache()
+
     def check(self) -> None:
         """Raises RuntimeError unless every page and slot is free or owned exactly as often as it is referenced."""
         self._scheduler.check()
@@ -276,9 +347,13 @@ class LLMEngine:
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             num_free_pages=scheduler.allocator.num_free,
+            num_cached_pages=scheduler.allocator.num_cached,
             num_pages=scheduler.allocator.num_pages,
             num_preemptions=scheduler.num_preemptions,
             num_memory_failures=self._num_memory_failures,
+            num_prefix_queries=scheduler.num_prefix_queries,
+            num_prefix_hits=scheduler.num_prefix_hits,
+            num_evictions=scheduler.prefix_cache.num_evictions,
             num_steps=self._num_steps,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
@@ -313,11 +388,9 @@ class LLMEngine:
         for continuation in request.continuations:
             sequence = continuation.sequence
             self._scheduler.rewind(sequence, num_tokens)
-            continuation.forget(num_tokens, self.tokenizer)
+            continuation.forget(num_tokens)
             if seed is not None:
                 sequence.seed = (seed + continuation.index) & MAX_SEED
-            if sequence.slot is not None:
-                self._runner.send_rules(sequence)
         return request.output()
 
     @property
@@ -336,7 +409,7 @@ class LLMEngine:
         self._drain()
         if not keep_cache:
             self._scheduler.preempt_all()
-        self._runner.sleep(list(live_pages(sequence.pages for sequence in self._scheduler.running)))
+        self._runner.sleep(self._scheduler.allocator.occupied())
 
     def wake_up(self) -> None:
         """Brings a sleeping engine back to the device; nothing is compiled. Does nothing if it is awake."""
@@ -348,7 +421,6 @@ class LLMEngine:
             self._runner.warm_up()  # XLA records its graphs anew for buffers that lie elsewhere
         for sequence in self._scheduler.running:
             self._runner.send_page_table(sequence)
-            self._runner.send_rules(sequence)
             self._scheduler.rewind(sequence, 0)  # the slot must be told its last token and its sampling values
 
     def _check_awake(self) -> None:
@@ -400,22 +472,30 @@ class LLMEngine:
         return [request.request_id for request in requests]
 
     def _resume(self, sequence: Sequence, num_computed: int, pages: tuple[np.ndarray, ...]) -> None:
-        if self._scheduler.resume(sequence, num_computed):
-            self._runner.write_pages(sequence.pages, pages)
+        num_filled = self._scheduler.resume(sequence, num_computed)
+        if num_filled is not None:
+            self._runner.write_pages(sequence.pages[num_filled:], tuple(layer[num_filled:] for layer in pages))
             self._runner.send_page_table(sequence)
-            self._runner.send_rules(sequence)
-
-    def _check_new_id(self, request_id: str) -> None:
-        if self.knows(request_id):
-            raise RequestError(f"request id {request_id!r} is in use; give every request an id of its own")
 
     def _enter(self, request: Request) -> None:
         self._requests[request.request_id] = request
-        self._owners |= {continuation.sequence: (request, continuation) for continuation in request.continuations}
+        for continuation in request.continuations:
+            if not continuation.sequence.is_finished:
+                self._owners[continuation.sequence] = (request, continuation)
 
-    def _make_sequence(self, index: int, prompt_token_ids: list[int], params: SamplingParams) -> Sequence:
-        # Without a seed of its own a request gets one from its number: the same run draws the same tokens.
-        seed = params.seed if params.seed is not None else self.engine_config.seed + 1_000_003 * self._num_requests
+    def _default_seed(self) -> int:
+        """Without a seed of its own a request gets one from its number: the same run draws the same tokens."""
+        return self.engine_config.seed + 1_000_003 * self._num_requests
+
+    def _make_sequence(
+        self,
+        index: int,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        cache_salt: str | None,
+        parent: Sequence | None = None,
+    ) -> Sequence:
+        seed = params.seed if params.seed is not None else self._default_seed()
         room = self.max_model_len - len(prompt_token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         return Sequence(
@@ -426,6 +506,8 @@ class LLMEngine:
             max_len=len(prompt_token_ids) + max_tokens,
             eos_token_ids=self.model_config.eos_token_ids,
             bad_words=bad_word_ids(params, self.tokenizer),
+            cache_salt=cache_salt,
+            parent=parent,
         )
 
     def _make_continuation(self, index: int, sequence: Sequence) -> Continuation:
@@ -523,6 +605,7 @@ class LLMEngine:
             request.prompt_logprobs.append(
                 position_logprobs(logprobs[index], ids[index], int(ranks[index]), num_top, self.tokenizer)
             )
+        chunk.sequence.num_unscored = len(request.prompt_token_ids) - len(request.prompt_logprobs)
 
     def _close(self, request: Request) -> RequestOutput:
         """Forgets a finished request and gives its last output."""

@@ -1,9 +1,8 @@
 """The log of an engine: every arrival, decision and token as a line of JSON, and whether a second run repeats it.
 
 An engine gives each record to a function: `Recorder.take` writes it down, `Replayer.take` compares it with the line
-that was written. Records are numbered. Their kinds: "engine", the first, says how the engine was made; "add", "abort",
-"rewind", "snapshot", "sleep", "wake_up", "start_over" and "step" are calls, a step's with what was decided in it;
-"tokens" is what a call read.
+that was written. Records are numbered. The first, "engine", says how the engine was made; "tokens" is what was read;
+all others are calls ("add", "fork", "abort", "step", ...) with their arguments, "step" with what was decided in it.
 """
 
 import json
@@ -111,6 +110,7 @@ def add_record(request: Request) -> Record:
         "prompt": request.prompt,
         "prompt_token_ids": request.prompt_token_ids,
         "params": asdict(request.params),
+        "cache_salt": request.continuations[0].sequence.cache_salt,
         "streams": request.streams,
         "seeds": [one.sequence.seed for one in request.continuations],
     }
@@ -122,11 +122,16 @@ def call_record(kind: str, **arguments: Any) -> Record:
 
 
 def step_record(plan: StepPlan, step: int, owners: Owners) -> Record:
-    """What was decided for a step: chunks [request, index, slot, start, length], new pages [slot, column, page]."""
+    """What was decided for a step: chunks [request, index, slot, start, length], pages [slot, column, page], copies
+    [source, target], preempted sequences."""
     chunks = [[*_name(chunk.sequence, owners), chunk.sequence.slot, chunk.start, chunk.length] for chunk in plan.chunks]
-    new_pages = [[new.slot, new.column, new.page] for new in plan.new_pages]
+    pages = {
+        name: [[one.slot, one.column, one.page] for one in entries]
+        for name, entries in (("new_pages", plan.new_pages), ("shared_pages", plan.shared_pages))
+    }
+    copies = [[copy.source, copy.target] for copy in plan.copies]
     preempted = [_name(sequence, owners) for sequence in plan.preempted]
-    return {"kind": "step", "step": step, "chunks": chunks, "new_pages": new_pages, "preempted": preempted}
+    return {"kind": "step", "step": step, "chunks": chunks, **pages, "copies": copies, "preempted": preempted}
 
 
 def tokens_record(sequences: list[Sequence], tokens: list[int | None], owners: Owners) -> Record:
@@ -173,7 +178,13 @@ def _call(engine: "LLMEngine", record: Record) -> None:
             case "add":
                 params = SamplingParams.from_dict(record["params"])
                 prompt, token_ids = record["prompt"], record["prompt_token_ids"]
-                engine.add_request(record["request_id"], token_ids, params, prompt, streams=record["streams"])
+                rest = {name: record[name] for name in ("cache_salt", "streams")}
+                engine.add_request(record["request_id"], token_ids, params, prompt, **rest)
+            case "fork":
+                rest = {name: record[name] for name in ("seed", "streams")}
+                engine.fork(record["request_id"], record["new_request_id"], **rest)
+            case "reset_prefix_cache":
+                engine.reset_prefix_cache()
             case "abort":
                 engine.abort(record["request_id"])
             case "rewind":

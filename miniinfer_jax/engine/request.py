@@ -47,15 +47,25 @@ class Continuation:
     logprobs: list[PositionLogprobs] | None
     cumulative_logprob: float = 0.0
 
-    def forget(self, num_tokens: int, tokenizer: Any) -> None:
+    def forget(self, num_tokens: int) -> None:
         """Makes text and log-probabilities those of the sequence, which has lost its last num_tokens outputs."""
         sequence = self.sequence
-        self.detokenizer = Detokenizer.of(tokenizer, sequence.params, sequence.output_token_ids)
+        if self.detokenizer is not None:
+            self.detokenizer = self.detokenizer.fork(sequence.output_token_ids)
         if self.logprobs is not None:
             del self.logprobs[len(self.logprobs) - num_tokens :]
             drawn = zip(self.logprobs, sequence.output_token_ids, strict=True)
             # Added one by one, as they came: sum() rounds otherwise from Python 3.12 on.
             self.cumulative_logprob = reduce(add, (entries[token_id].logprob for entries, token_id in drawn), 0.0)
+
+    def fork(self, sequence_id: int, seed: int) -> "Continuation":
+        """The same text so far, to be continued by a sequence of its own; one that has ended stays as it is."""
+        if self.sequence.is_finished:
+            return self
+        detokenizer = None if self.detokenizer is None else self.detokenizer.fork(self.sequence.output_token_ids)
+        logprobs = None if self.logprobs is None else list(self.logprobs)
+        sequence = self.sequence.fork(sequence_id, seed)
+        return Continuation(self.index, sequence, detokenizer, logprobs, self.cumulative_logprob)
 
     def output(self) -> CompletionOutput:
         """The continuation so far; text that may still become a stop string is held back while it runs."""
@@ -90,6 +100,13 @@ class Request:
     first_token_time: float | None = None
     finished_time: float | None = None
 
+    def fork(self, request_id: str, continuations: list[Continuation]) -> "Request":
+        """A request of its own with the same prompt, and with the log-probabilities of it that are known."""
+        prompt_logprobs = None if self.prompt_logprobs is None else list(self.prompt_logprobs)
+        return Request(
+            request_id, self.prompt, self.prompt_token_ids, self.params, continuations, self.streams, prompt_logprobs
+        )
+
     @property
     def is_finished(self) -> bool:
         return all(continuation.sequence.is_finished for continuation in self.continuations)
@@ -105,5 +122,6 @@ class Request:
             finished=self.is_finished,
             prompt_logprobs=self.prompt_logprobs,
             metrics=RequestMetrics(self.arrival_time, self.first_token_time, self.finished_time),
+            num_cached_tokens=self.continuations[0].sequence.num_cached_tokens,
             error="the model's logits held NaN or infinity, or no token was allowed" if bad else None,
         )

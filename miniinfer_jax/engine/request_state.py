@@ -22,6 +22,7 @@ class SequenceState:
     num_computed: int
     page_table: tuple[int, ...]  # rows of Snapshot.pages
     num_preemptions: int
+    num_cached_tokens: int
     finish_reason: str | None
     stop_reason: int | str | None
     text: str | None  # of an ended one; that of a running one follows from its tokens
@@ -37,6 +38,7 @@ class RequestState:
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
+    cache_salt: str | None
     streams: bool
     prompt_logprobs: tuple[PositionLogprobs | None, ...] | None
     age: float
@@ -52,6 +54,7 @@ def state_of(request: Request, rows: Mapping[int, int]) -> RequestState:
         prompt=request.prompt,
         prompt_token_ids=tuple(request.prompt_token_ids),
         params=request.params,
+        cache_salt=request.continuations[0].sequence.cache_salt,
         streams=request.streams,
         prompt_logprobs=None if request.prompt_logprobs is None else tuple(request.prompt_logprobs),
         age=time.monotonic() - arrival,
@@ -70,6 +73,7 @@ def _sequence_state(continuation: Continuation, rows: Mapping[int, int]) -> Sequ
         num_computed=sequence.num_computed,
         page_table=tuple(rows[page] for page in sequence.pages),
         num_preemptions=sequence.num_preemptions,
+        num_cached_tokens=sequence.num_cached_tokens,
         finish_reason=sequence.finish_reason,
         stop_reason=sequence.stop_reason,
         text=detokenizer.text if detokenizer is not None and sequence.is_finished else None,
@@ -78,17 +82,21 @@ def _sequence_state(continuation: Continuation, rows: Mapping[int, int]) -> Sequ
     )
 
 
-MakeSequence = Callable[[int, list[int], SamplingParams], Sequence]
+MakeSequence = Callable[[int, list[int], SamplingParams, str | None, Sequence | None], Sequence]
 
 
 def request_of(state: RequestState, make_sequence: MakeSequence, tokenizer: Any) -> Request:
-    """The request again, with nothing computed yet. make_sequence: (index, prompt, params) -> a new sequence."""
-    prompt, params = list(state.prompt_token_ids), state.params
+    """The request again, with nothing computed yet. make_sequence takes (index, prompt, params, salt, parent)."""
+    prompt, params, sequences = list(state.prompt_token_ids), state.params, []
+    for index in range(len(state.sequences)):
+        sequences.append(make_sequence(index, prompt, params, state.cache_salt, sequences[0] if sequences else None))
     continuations = [
-        _continuation(index, one, make_sequence(index, prompt, params), tokenizer)
-        for index, one in enumerate(state.sequences)
+        _continuation(index, one, sequence, tokenizer)
+        for index, (one, sequence) in enumerate(zip(state.sequences, sequences, strict=True))
     ]
     prompt_logprobs = None if state.prompt_logprobs is None else list(state.prompt_logprobs)
+    if prompt_logprobs is not None:
+        sequences[0].num_unscored = len(prompt) - len(prompt_logprobs)
     request = Request(state.request_id, state.prompt, prompt, params, continuations, state.streams, prompt_logprobs)
     request.arrival_time -= state.age
     if state.first_token_age is not None:
@@ -99,7 +107,7 @@ def request_of(state: RequestState, make_sequence: MakeSequence, tokenizer: Any)
 def _continuation(index: int, state: SequenceState, sequence: Sequence, tokenizer: Any) -> Continuation:
     sequence.seed, sequence.max_len = state.seed, state.max_len
     sequence.output_token_ids = list(state.output_token_ids)
-    sequence.num_preemptions = state.num_preemptions
+    sequence.num_preemptions, sequence.num_cached_tokens = state.num_preemptions, state.num_cached_tokens
     sequence.finish_reason, sequence.stop_reason = state.finish_reason, state.stop_reason
     if state.finish_reason is not None:
         sequence.status = SequenceStatus.FINISHED

@@ -16,13 +16,20 @@ from tqdm import tqdm
 
 from miniinfer_jax import kv_cache
 from miniinfer_jax.batch import DecodeState, StepOutput, TokenRules, create_state
-from miniinfer_jax.engine.batching import NUM_COLUMNS, pack_decode, pack_ragged
+from miniinfer_jax.engine.batching import (
+    NUM_COLUMNS,
+    NUM_COPIES,
+    NUM_SHARED_PAGES,
+    pack_decode,
+    pack_ragged,
+    pack_sharing,
+)
 from miniinfer_jax.engine.buckets import Buckets, DecodeBucket, RaggedBucket
-from miniinfer_jax.engine.steps import StepContext, decode_step, ragged_step
+from miniinfer_jax.engine.steps import StepContext, decode_step, ragged_step, share_pages
 from miniinfer_jax.engine.token_rules import RuleRows, rule_rows
 from miniinfer_jax.kv_cache import KVCache
 from miniinfer_jax.models.decoder import DecoderParams
-from miniinfer_jax.sequence import Sequence, StepPlan
+from miniinfer_jax.sequence import PageCopy, Sequence, StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +98,9 @@ class Runner:
     def run(self, plan: StepPlan) -> StepInFlight:
         """Dispatches the step and returns at once; its arrays fill while the host goes on."""
         for chunk in plan.chunks:
-            if chunk.start == 0:
+            if chunk.is_first:
                 self.send_rules(chunk.sequence)
+        self._share_pages(plan)
         bucket = self._bucket_for(plan)
         if isinstance(bucket, DecodeBucket):
             plan.chunks.sort(key=lambda chunk: chunk.start)  # rows of like length may share a tile of attention
@@ -130,6 +138,7 @@ class Runner:
         """
         for bucket in 2 * (*self._buckets.decode, *self._buckets.ragged):
             self._dispatch(bucket, StepPlan())
+            self._share_pages(StepPlan(copies=[PageCopy(0, 0)]))
 
     def send_rules(self, sequence: Sequence) -> None:
         """Tells the device what the request of a running sequence says about single tokens, its outputs counted."""
@@ -224,6 +233,11 @@ class Runner:
         self._cache, self._state, output = step(self._params, self._cache, self._state, *arguments)
         return output
 
+    def _share_pages(self, plan: StepPlan) -> None:
+        """What the step finds in pages already, made ready before it."""
+        for packed in pack_sharing(plan, self._context.shape):
+            self._cache, self._state = self._programs["share_pages"](self._cache, self._state, packed)
+
     def _send_decode(self, packed: np.ndarray) -> jax.Array:
         """The array on the device: that of the step before if it is the same, for XLA to replay its graph unchanged."""
         before, sent = self._sent_decode
@@ -284,6 +298,8 @@ class Runner:
             step = jax.jit(partial(ragged_step, context, bucket), donate_argnums=(1, 2))
             length = bucket.num_tokens + bucket.num_rows * NUM_COLUMNS + bucket.num_new_pages * 3
             jobs[bucket] = partial(step.lower, params, cache, state, int32(length))
+        share = jax.jit(share_pages, donate_argnums=(0, 1))
+        jobs["share_pages"] = partial(share.lower, cache, state, int32(3 * NUM_SHARED_PAGES + 2 * NUM_COPIES))
         set_rules = jax.jit(_set_rules, donate_argnums=0)
         row = shapes(jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape[1:], array.dtype), state.rules))
         rows = RuleRows(row.counts, row.flags, row.bias, row.bad_words)

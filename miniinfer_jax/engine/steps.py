@@ -1,4 +1,5 @@
-"""The two programs of the engine, as pure functions: a ragged step and a decode step. `runner.py` compiles them."""
+"""The programs of the engine, as pure functions: a ragged step, a decode step, and the sharing of pages before either.
+`runner.py` compiles them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from miniinfer_jax import kv_cache
 from miniinfer_jax.batch import DecodeState, SamplingInputs, StepOutput, TokenScores, no_scores
 from miniinfer_jax.config import ModelConfig
-from miniinfer_jax.engine.batching import CacheShape, RaggedRows, unpack_decode, unpack_ragged
+from miniinfer_jax.engine.batching import CacheShape, RaggedRows, unpack_decode, unpack_ragged, unpack_sharing
 from miniinfer_jax.engine.buckets import RaggedBucket
 from miniinfer_jax.kv_cache import KVCache
 from miniinfer_jax.models.decoder import DecoderParams, forward, logits
@@ -70,6 +72,14 @@ def ragged_step(
     if not bucket.is_plain:
         output = replace(output, prompt_scores=_score_prompts(params, hidden, rows))
     return cache, state, output
+
+
+def share_pages(cache: KVCache, state: DecodeState, packed: jax.Array) -> tuple[KVCache, DecodeState]:
+    """The cache with pages copied, and the page tables with pages that hold tokens already."""
+    sources, targets, state = unpack_sharing(packed, state)
+    with jax.named_scope("copy_pages"):
+        layers = tuple(kv_cache.copy_pages(pages, sources, targets) for pages in cache.layers)
+    return replace(cache, layers=layers), state
 
 
 def _draw(

@@ -28,6 +28,18 @@ def check_prompt(prompt_token_ids: list[int], vocab_size: int, max_model_len: in
     _check_ids("the prompt", prompt_token_ids, vocab_size)
 
 
+def check_cache_salt(cache_salt: Any) -> None:
+    """Raises RequestError for a salt that is no text, or an empty one."""
+    if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
+        raise RequestError(f"cache_salt is {cache_salt!r:.80}; it must be a text that is not empty, or be left out")
+
+
+def check_seed(seed: Any) -> None:
+    """Raises RequestError for a seed that the device cannot hold."""
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED):
+        raise RequestError(f"seed is {seed!r}; it must be None or an integer in [0, {MAX_SEED}]")
+
+
 def check_params(params: SamplingParams, vocab_size: int, has_tokenizer: bool) -> None:
     """Raises RequestError for parameters that are fine in themselves but not with this model or engine."""
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
@@ -69,8 +81,7 @@ def check_rewind(request_id: str, sequences: list[Sequence], num_tokens: int, se
     """Raises RequestError unless each of a request's sequences goes on and has num_tokens outputs to take back."""
     if not isinstance(num_tokens, int) or isinstance(num_tokens, bool) or num_tokens < 0:
         raise RequestError(f"num_tokens is {num_tokens!r}; it must be an integer, 0 or more")
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED):
-        raise RequestError(f"seed is {seed!r}; it must be None or an integer in [0, {MAX_SEED}]")
+    check_seed(seed)
     if any(sequence.is_finished for sequence in sequences):
         raise RequestError(f"a sequence of request {request_id!r} has ended: rewind a request while all of it runs")
     num_drawn = min(len(sequence.output_token_ids) for sequence in sequences)

@@ -1,6 +1,7 @@
 """Run by test_determinism.py in a process of its own, where XLA optimizes as it does for users: prints a JSON report.
 
-Every request runs alone first; then among others, in other chunks, and in a pool so small that it is preempted.
+Every request runs alone first; then among others, in other chunks, from cached prefixes, and in a pool so small that it
+is preempted.
 """
 
 import json
@@ -82,7 +83,8 @@ def main(folder, dtype, num_requests):
         return [i for i, output in zip(order, outputs, strict=True) if bits(output) != alone[i]]
 
     num_pages = 12 * num_requests  # of 16 tokens: enough for all
-    llm = engine(num_pages=num_pages)
+    llm = engine(num_pages=num_pages, enable_prefix_caching=False)
+    cached = engine(num_pages=num_pages)
     alone = [bits(llm.generate(p, s, use_tqdm=False)[0]) for p, s in zip(prompts, params, strict=True)]
     everyone = list(range(num_requests))
     report = {
@@ -90,6 +92,9 @@ def main(folder, dtype, num_requests):
         "among_6": differing(llm, everyone[10:17]),
         "among_all": differing(llm, everyone),
         "among_all_reversed": differing(llm, everyone[::-1]),
+        "cache_cold": differing(cached, everyone),
+        "cache_warm": differing(cached, everyone),  # hits end wherever a prompt does, mostly inside a page
+        "cache_warm_alone": [i for i in everyone[:12] if differing(cached, [i])],
         "chunks_of_24": differing(engine(num_pages=num_pages, max_num_batched_tokens=24), everyone),
         "chunks_of_7": differing(engine(num_pages=num_pages, max_num_batched_tokens=7), everyone[:12]),
     }
@@ -97,6 +102,7 @@ def main(folder, dtype, num_requests):
     small = engine(num_pages=20)
     report["preempted"] = differing(small, everyone)
     report["num_preemptions"] = small.engine.stats().num_preemptions
+    report["num_cached_tokens"] = cached.engine.stats().num_prefix_hits
     # Had all requests the same bits, comparing them would say nothing.
     report["num_distinct"] = len(Counter(str(one) for one in alone))
     print(json.dumps(report))

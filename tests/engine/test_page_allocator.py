@@ -33,7 +33,7 @@ def test_freeing_twice_is_an_error():
     allocator = PageAllocator(2)
     pages = allocator.allocate(1)
     allocator.free(pages)
-    with pytest.raises(RuntimeError, match="is free already"):
+    with pytest.raises(RuntimeError, match="nobody references it"):
         allocator.free(pages)
 
 
@@ -64,3 +64,44 @@ def test_check_sees_an_owner_of_a_free_page():
 def test_check_sees_a_page_outside_the_pool():
     with pytest.raises(RuntimeError, match="are not the 3 of the pool"):
         PageAllocator(3).check([[7]])
+
+
+def test_a_shared_page_is_free_after_its_last_owner():
+    allocator = PageAllocator(2)
+    pages = allocator.allocate(1)
+    allocator.share(pages)
+    assert allocator.num_references(pages[0]) == 2
+    allocator.check([pages, pages])
+    allocator.free(pages)
+    assert allocator.num_free == 1
+    allocator.free(pages)
+    assert allocator.num_free == 2
+
+
+def test_a_kept_page_is_cached_between_its_owners():
+    allocator = PageAllocator(3)
+    pages = allocator.allocate(2)
+    allocator.keep(pages[0])
+    assert allocator.free(pages) == [pages[0]]
+    assert (allocator.num_free, allocator.num_cached, allocator.num_used) == (2, 1, 0)
+    allocator.check([], kept=[pages[0]])
+    allocator.share(pages[:1])
+    assert (allocator.num_cached, allocator.num_used) == (0, 1)
+    allocator.free(pages[:1])
+    allocator.drop(pages[0])
+    assert allocator.num_free == 3
+
+
+def test_pages_that_are_free_cannot_be_shared_kept_or_dropped():
+    allocator = PageAllocator(1)
+    for action in (lambda: allocator.share([0]), lambda: allocator.keep(0), lambda: allocator.drop(0)):
+        with pytest.raises(RuntimeError, match="page 0"):
+            action()
+
+
+def test_check_sees_a_kept_page_that_nobody_keeps():
+    allocator = PageAllocator(1)
+    pages = allocator.allocate(1)
+    allocator.keep(pages[0])
+    with pytest.raises(RuntimeError, match="page 0 is kept: True, by 0"):
+        allocator.check([pages])
