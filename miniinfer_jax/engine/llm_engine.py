@@ -2,76 +2,50 @@
 
 import itertools
 import logging
-import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import Any
 
 import jax
-import numpy as np
 
 from miniinfer_jax.config import EngineConfig, ModelConfig
-from miniinfer_jax.engine.batching import CacheShape
-from miniinfer_jax.engine.buckets import choose_buckets, token_budget
+from miniinfer_jax.engine.buckets import token_budget
 from miniinfer_jax.engine.detokenizer import Detokenizer
 from miniinfer_jax.engine.memory import fewer_pages, is_out_of_memory
+from miniinfer_jax.engine.open_requests import OpenRequests
 from miniinfer_jax.engine.page_allocator import PageAllocator
 from miniinfer_jax.engine.replay import (
-    Record,
-    ReplayError,
     TakeRecord,
     add_record,
     call_record,
     step_record,
     tokens_record,
 )
-from miniinfer_jax.engine.request import Continuation, Request, position_logprobs
-from miniinfer_jax.engine.request_state import request_of, state_of
-from miniinfer_jax.engine.runner import Runner, StepInFlight
+from miniinfer_jax.engine.request import Continuation, Request
+from miniinfer_jax.engine.runner import StepInFlight
 from miniinfer_jax.engine.scheduler import Scheduler
-from miniinfer_jax.engine.snapshot import Snapshot, check_model, describe_model, live_pages
-from miniinfer_jax.engine.steps import LogitsProcessor, StepContext
+from miniinfer_jax.engine.start import make_runner
+from miniinfer_jax.engine.state_calls import StateCalls
+from miniinfer_jax.engine.stats import EngineStats
+from miniinfer_jax.engine.steps import LogitsProcessor
 from miniinfer_jax.engine.validation import (
-    EngineAsleep,
     RequestError,
     bad_word_ids,
     check_cache_salt,
     check_params,
     check_prompt,
-    check_rewind,
     check_seed,
     check_something_allowed,
 )
 from miniinfer_jax.models.decoder import DecoderParams
-from miniinfer_jax.ops.attention import choose_backend
 from miniinfer_jax.outputs import PromptLogprobs, RequestOutput
 from miniinfer_jax.sampling_params import MAX_SEED, SamplingParams
-from miniinfer_jax.sequence import Chunk, Sequence, StepPlan
+from miniinfer_jax.sequence import Sequence, StepPlan
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class EngineStats:
-    """How busy the engine is, and what it has done so far."""
-
-    num_running: int
-    num_waiting: int
-    num_free_pages: int  # hold nothing
-    num_cached_pages: int  # hold what the prefix cache found again, and are as good as free ones
-    num_pages: int
-    num_preemptions: int
-    num_memory_failures: int  # times that the device ran out of memory, and the engine went on with less
-    num_prefix_queries: int  # tokens of the sequences that started
-    num_prefix_hits: int  # those of them that were in pages already
-    num_evictions: int  # cached pages given away
-    num_steps: int
-    num_prompt_tokens: int
-    num_generated_tokens: int
-
-
-class LLMEngine:
+class LLMEngine(StateCalls):
     """Continuous batching over one model: requests join and leave at any step.
 
     `engine_config.max_model_len` and `num_pages` must be set (see `engine/memory.py`). Not thread-safe.
@@ -94,25 +68,22 @@ class LLMEngine:
         self.tokenizer = tokenizer
         page_size = engine_config.page_size
         max_pages = -(-self.max_model_len // page_size)
-        self._on_gpu = jax.default_backend() == "gpu"
-        self._num_memory_failures = 0
-        self._runner = self._make_runner(params, logits_processors, max_pages, use_tqdm)
-        num_pages = self._runner.num_pages
+        self._runner, self._num_memory_failures = make_runner(
+            model_config, engine_config, params, logits_processors, max_pages, use_tqdm
+        )
         self._scheduler = Scheduler(
-            PageAllocator(num_pages),
+            PageAllocator(self._runner.num_pages),
             page_size=page_size,
             max_num_seqs=engine_config.max_num_seqs,
             max_num_batched_tokens=token_budget(engine_config),
             max_pages_per_sequence=max_pages,
             enable_prefix_caching=engine_config.enable_prefix_caching,
         )
-        self._requests: dict[str, Request] = {}
-        self._owners: dict[Sequence, tuple[Request, Continuation]] = {}
+        self._open = OpenRequests(self._scheduler, tokenizer)
         self._in_flight: deque[StepInFlight] = deque()
-        self._news: dict[Request, None] = {}  # requests whose output somebody is still to get
         self._sequence_ids = itertools.count()
         self.record: TakeRecord | None = None  # what is told all that happens: see `engine/replay.py`
-        self._num_requests = self._num_steps = self._num_prompt_tokens = self._num_generated_tokens = 0
+        self._num_requests = self._num_steps = 0
 
     def step(self) -> list[RequestOutput]:
         """Dispatches the next step, then reads the one before it while the device works; the outputs that have news."""
@@ -120,20 +91,21 @@ class LLMEngine:
         plan = self._scheduler.schedule()
         if plan.chunks or self._in_flight:
             self._num_steps += bool(plan.chunks)
-            self._tell(step_record, plan, self._num_steps, self._owners)
+            self._tell(step_record, plan, self._num_steps, self._open.owners)
         try:
             if plan.chunks:
                 self._in_flight.append(self._dispatch(plan))
             if not self._in_flight:
                 self._scheduler.check()  # idle: every page must be back
             elif not plan.chunks or len(self._in_flight) > 1:  # else the first step of a burst: nothing to read yet
-                plan = self._in_flight[0].plan
-                self._read_oldest()
+                step = self._in_flight.popleft()
+                plan = step.plan
+                self._read(step)
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             self._recover(plan, error)
-        return self._deliver()
+        return self._open.deliver()
 
     def _recover(self, plan: StepPlan, error: Exception) -> None:
         """After the device had no room for a plan: reads what came before it, and starts over smaller.
@@ -141,10 +113,8 @@ class LLMEngine:
         Smaller steps need less workspace, and only a smaller pool less than that. Raises the error, with all requests
         still there, where the pool could not be smaller.
         """
-        try:
+        with suppress(jax.errors.JaxRuntimeError):
             self._drain()
-        except jax.errors.JaxRuntimeError:
-            self._in_flight.clear()  # they would have followed the one that failed
         num_pages, budget = self._runner.num_pages, self._runner.smaller_budget(plan)
         while True:
             self._num_memory_failures += 1
@@ -153,7 +123,7 @@ class LLMEngine:
                 if num_pages == before:
                     raise error
             logger.warning(
-                "the device ran out of memory: what is in flight is computed anew, with %d pages, %d tokens a step (%s)",
+                "the device ran out of memory; all in flight is computed anew, with %d pages, %d tokens a step (%s)",
                 *(num_pages, budget or self._scheduler.max_num_batched_tokens, error),
             )
             try:
@@ -172,40 +142,6 @@ class LLMEngine:
         self._in_flight.clear()
         self._scheduler.start_over(num_pages, max_num_batched_tokens)
         self._runner.start_over(num_pages)
-
-    def _make_runner(
-        self,
-        params: DecoderParams,
-        logits_processors: tuple[LogitsProcessor, ...],
-        max_pages: int,
-        use_tqdm: bool,
-    ) -> Runner:
-        """The runner, with fewer pages than asked for where the device has no room for them."""
-        config, model, num_pages = self.engine_config, self.model_config, self.engine_config.num_pages
-        assert num_pages is not None
-        backend = choose_backend(
-            config.attention_backend, model, params.embedding.dtype.name, config.page_size, jax.devices()[0]
-        )
-        # On a GPU the host waits at a branch; on a CPU it costs nothing, and fewer programs start sooner.
-        buckets = choose_buckets(config, with_plain=self._on_gpu and not logits_processors)
-        while True:
-            shape = CacheShape(num_pages, config.page_size, config.max_num_seqs, max_pages)
-            try:
-                runner = Runner(
-                    StepContext(model, shape, backend, logits_processors), params, buckets, use_tqdm=use_tqdm
-                )
-                if self._on_gpu:
-                    runner.warm_up()
-                return runner
-            except jax.errors.JaxRuntimeError as error:
-                fewer = fewer_pages(num_pages, max_pages)
-                if not is_out_of_memory(error) or fewer == num_pages:
-                    raise
-                logger.warning(
-                    "the device ran out of memory at the start: %d pages, not %d (%s)", fewer, num_pages, error
-                )
-                self._num_memory_failures += 1
-                num_pages = fewer
 
     def _dispatch(self, plan: StepPlan) -> StepInFlight:
         """Hands a plan to the device; one that did not get there leaves nothing behind that later steps rely on."""
@@ -253,7 +189,7 @@ class LLMEngine:
         other request; without `seed` it gets one by its number, as a request without a seed does. Raises ValueError,
         with nothing changed, if request_id is not known (any more), or new_request_id is in use.
         """
-        request = self._requests.get(request_id)
+        request = self._open.by_id.get(request_id)
         if request is None:
             raise RequestError(
                 f"request {request_id!r} cannot be forked: it has ended, or was never added; "
@@ -279,7 +215,7 @@ class LLMEngine:
 
     def _queue(self, request: Request) -> None:
         """Takes in a request that was checked."""
-        self._enter(request)
+        self._open.enter(request)
         for continuation in request.continuations:
             if not continuation.sequence.is_finished:
                 self._scheduler.add(continuation.sequence)
@@ -304,29 +240,29 @@ class LLMEngine:
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Ends a request at any point and gives its last output; None for one that is not (or no longer) known."""
-        request = self._requests.get(request_id)
+        request = self._open.by_id.get(request_id)
         if request is None:
             return None
         self._tell(call_record, "abort", request_id=request_id)
         for continuation in request.continuations:
             self._scheduler.abort(continuation.sequence)
-        return self._close(request)
+        return self._open.close(request)
 
     def knows(self, request_id: str) -> bool:
         """Whether a request of this id is running or waiting, or has an output that `step` is still to give."""
-        return request_id in self._requests
+        return request_id in self._open.by_id
 
     def outputs(self) -> list[RequestOutput]:
         """How each request stands that is running or waiting, in order of arrival."""
-        return [request.output() for request in self._requests.values()]
+        return [request.output() for request in self._open.by_id.values()]
 
     def has_requests(self) -> bool:
         """Whether any request is running or waiting."""
-        return bool(self._requests)
+        return bool(self._open.by_id)
 
     def has_unfinished_requests(self) -> bool:
         """Whether there is anything to compute or to read."""
-        return bool(self._requests or self._in_flight)
+        return bool(self._open.by_id or self._in_flight)
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached pages, as after a change of the weights; False, with nothing changed, while requests run.
@@ -355,133 +291,17 @@ class LLMEngine:
             num_prefix_hits=scheduler.num_prefix_hits,
             num_evictions=scheduler.prefix_cache.num_evictions,
             num_steps=self._num_steps,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_generated_tokens=self._num_generated_tokens,
+            num_prompt_tokens=self._open.num_prompt_tokens,
+            num_generated_tokens=self._open.num_generated_tokens,
         )
 
     def device_arrays_bytes(self) -> dict[str, int]:
         """Bytes on the device of the "weights", of the "pages" and of the slots' "state"."""
         return self._runner.device_arrays_bytes()
 
-    def describe_model(self) -> dict[str, Any]:
-        """What decides which tokens follow: the configuration, the dtype and a checksum of the weights."""
-        return describe_model(self.model_config, self._runner.params)
-
     def program_texts(self, num_rows: int | None = None) -> list[str]:
         """The compiled steps as HLO text: the one that decodes num_rows sequences of plain requests, or all."""
         return self._runner.program_texts(num_rows)
-
-    def rewind(self, request_id: str, num_tokens: int, *, seed: int | None = None) -> RequestOutput:
-        """Takes back the last num_tokens tokens that a request drew, each of its sequences; how it stands then.
-
-        It goes on from there, and draws the same tokens again unless it is given another seed. Steps in flight are read
-        first, and their tokens count. Raises ValueError, with nothing changed, for a request that is not known or has
-        ended, and for more tokens than it drew.
-        """
-        self._check_awake()
-        self._tell(call_record, "rewind", request_id=request_id, num_tokens=num_tokens, seed=seed)
-        self._drain()
-        request = self._requests.get(request_id)
-        if request is None:
-            raise RequestError(f"request {request_id!r} is not running or waiting; rewind one that is not finished")
-        check_rewind(request_id, [one.sequence for one in request.continuations], num_tokens, seed)
-        for continuation in request.continuations:
-            sequence = continuation.sequence
-            self._scheduler.rewind(sequence, num_tokens)
-            continuation.forget(num_tokens)
-            if seed is not None:
-                sequence.seed = (seed + continuation.index) & MAX_SEED
-        return request.output()
-
-    @property
-    def is_sleeping(self) -> bool:
-        return self._runner.is_asleep
-
-    def sleep(self, *, keep_cache: bool = False) -> None:
-        """Frees the device: weights go to host memory, keys and values too (keep_cache) or are dropped.
-
-        Requests stay and may be added or aborted; what was dropped is computed anew after `wake_up`. Until then
-        everything that needs the device raises EngineAsleep. Does nothing if the engine sleeps already.
-        """
-        if self.is_sleeping:
-            return
-        self._tell(call_record, "sleep", keep_cache=keep_cache)
-        self._drain()
-        if not keep_cache:
-            self._scheduler.preempt_all()
-        self._runner.sleep(self._scheduler.allocator.occupied())
-
-    def wake_up(self) -> None:
-        """Brings a sleeping engine back to the device; nothing is compiled. Does nothing if it is awake."""
-        if not self.is_sleeping:
-            return
-        self._tell(call_record, "wake_up")
-        self._runner.wake_up()
-        if self._on_gpu:
-            self._runner.warm_up()  # XLA records its graphs anew for buffers that lie elsewhere
-        for sequence in self._scheduler.running:
-            self._runner.send_page_table(sequence)
-            self._scheduler.rewind(sequence, 0)  # the slot must be told its last token and its sampling values
-
-    def _check_awake(self) -> None:
-        if self.is_sleeping:
-            raise EngineAsleep("the engine sleeps, its weights are in host memory: call wake_up() first")
-
-    def snapshot(self) -> Snapshot:
-        """The engine's requests, with the keys and values computed so far, as a value; the engine goes on unchanged."""
-        self._check_awake()
-        self._tell(call_record, "snapshot")
-        self._drain()
-        tables = [continuation.sequence.pages for _, continuation in self._owners.values()]
-        rows = live_pages(tables)
-        return Snapshot(
-            model=self.describe_model(),
-            page_size=self.engine_config.page_size,
-            num_requests=self._num_requests,
-            requests=tuple(state_of(request, rows) for request in self._requests.values()),
-            pages=self._runner.read_pages(list(rows)),
-        )
-
-    def restore(self, snapshot: Snapshot) -> list[str]:
-        """Takes up the requests of a snapshot, behind those that are here already; their ids.
-
-        What finds no pages or no slot waits, and is computed anew. Raises ValueError, with nothing changed, for the
-        snapshot of another model and for a request that this engine cannot serve or whose id is in use.
-        """
-        self._check_awake()
-        if self.record is not None:
-            raise ReplayError("an engine that records takes up no snapshot: its log would not say what was in it")
-        check_model(snapshot.model, self.describe_model())
-        for state in snapshot.requests:
-            self._check_new_id(state.request_id)
-            self.check_request(list(state.prompt_token_ids), state.params)
-        requests = [request_of(state, self._make_sequence, self.tokenizer) for state in snapshot.requests]
-        for request in requests:
-            for continuation in request.continuations:
-                if not continuation.sequence.is_finished:
-                    self._scheduler.check_fits(continuation.sequence)
-        self._num_requests = max(self._num_requests, snapshot.num_requests)
-        page_size = self.engine_config.page_size
-        for request, state in zip(requests, snapshot.requests, strict=True):
-            self._enter(request)
-            for continuation, one in zip(request.continuations, state.sequences, strict=True):
-                if not continuation.sequence.is_finished:
-                    self._resume(continuation.sequence, one.num_computed, snapshot.pages_of(one, page_size))
-            if request.is_finished:
-                self._news[request] = None
-        return [request.request_id for request in requests]
-
-    def _resume(self, sequence: Sequence, num_computed: int, pages: tuple[np.ndarray, ...]) -> None:
-        num_filled = self._scheduler.resume(sequence, num_computed)
-        if num_filled is not None:
-            self._runner.write_pages(sequence.pages[num_filled:], tuple(layer[num_filled:] for layer in pages))
-            self._runner.send_page_table(sequence)
-
-    def _enter(self, request: Request) -> None:
-        self._requests[request.request_id] = request
-        for continuation in request.continuations:
-            if not continuation.sequence.is_finished:
-                self._owners[continuation.sequence] = (request, continuation)
 
     def _default_seed(self) -> int:
         """Without a seed of its own a request gets one from its number: the same run draws the same tokens."""
@@ -517,101 +337,15 @@ class LLMEngine:
 
     def _read(self, step: StepInFlight) -> None:
         """Takes the results of a step: tokens to their sequences, and what follows from them."""
-        token_ids, samples = step.token_ids().tolist(), step.plan.samples
-        live = [(row, sequence) for row, sequence in samples if not sequence.is_finished]
-        tokens = [token_ids[row] if token_ids[row] >= 0 else None for row, _ in samples]
-        self._tell(tokens_record, [sequence for _, sequence in samples], tokens, self._owners)
-        self._take_prompt_logprobs(step)
-        self._scheduler.update(step.plan, tokens)
-
-        for row, sequence in live:
-            request, continuation = self._owners[sequence]
-            if token_ids[row] >= 0:
-                self._take_token(request, continuation, row, step)
-            self._news[request] = None
-
-    def _tell(self, make: Callable[..., Record], *values: Any, **named: Any) -> None:
-        """Makes a record, if anybody wants it."""
-        if self.record is not None:
-            self.record(make(*values, **named))
+        try:
+            token_ids = step.token_ids().tolist()
+        except jax.errors.JaxRuntimeError:
+            self._in_flight.clear()  # they follow the one that failed
+            raise
+        self._tell(tokens_record, step.plan, token_ids, self._open.owners)
+        self._open.take_results(step, token_ids)
 
     def _drain(self) -> None:
         """Reads all steps in flight, so that nothing of a request is known to the device alone."""
         while self._in_flight:
-            self._read_oldest()
-
-    def _read_oldest(self) -> None:
-        self._read(self._in_flight[0])
-        self._in_flight.popleft()
-
-    def _deliver(self) -> list[RequestOutput]:
-        """The outputs of the requests that have news."""
-        outputs, news = [], list(self._news)
-        self._news.clear()
-        for request in news:
-            if request.is_finished:
-                outputs.append(self._close(request))
-            elif request.streams:
-                outputs.append(request.output())
-        return outputs
-
-    def _take_token(self, request: Request, continuation: Continuation, row: int, step: StepInFlight) -> None:
-        """The newest token of a sequence: its time, its log-probabilities, its text, and a stop string in it."""
-        sequence = continuation.sequence
-        self._num_generated_tokens += 1
-        if request.first_token_time is None:
-            request.first_token_time = time.monotonic()
-            self._num_prompt_tokens += sequence.prompt_len
-        num_top = sequence.params.logprobs
-        if continuation.logprobs is not None and num_top is not None:
-            assert step.output.scores is not None
-            logprobs, ids, rank = (np.asarray(values)[row] for values in jax.tree.leaves(step.output.scores))
-            continuation.cumulative_logprob += float(logprobs[0])
-            continuation.logprobs.append(position_logprobs(logprobs, ids, int(rank), num_top, self.tokenizer))
-        if continuation.detokenizer is None:
-            return
-        token_id, num_tokens = sequence.output_token_ids[-1], len(sequence.output_token_ids)
-        if sequence.finish_reason == "stop" and not sequence.params.include_stop_str_in_output:
-            continuation.detokenizer.finish(sequence.output_token_ids[:-1])
-            return  # the token that stopped it is no part of the text
-        stop = continuation.detokenizer.append(token_id, num_tokens)
-        if stop is not None:
-            self._scheduler.finish(sequence, "stop", stop)
-            sequence.finish_reason, sequence.stop_reason = "stop", stop  # also where the length ended it just now
-        elif sequence.is_finished:
-            continuation.detokenizer.finish(sequence.output_token_ids)
-
-    def _take_prompt_logprobs(self, step: StepInFlight) -> None:
-        """The log-probabilities of prompt tokens that this step computed; those of a second prefill are known."""
-        query_start = 0
-        for chunk in step.plan.chunks:
-            request, continuation = self._owners.get(chunk.sequence, (None, None))
-            is_first = continuation is not None and continuation.index == 0
-            if request is not None and request.prompt_logprobs is not None and is_first and not chunk.is_decode:
-                self._take_chunk_logprobs(request, chunk, query_start, step)
-            query_start += chunk.length
-
-    def _take_chunk_logprobs(self, request: Request, chunk: Chunk, query_start: int, step: StepInFlight) -> None:
-        scores = step.output.prompt_scores
-        num_top = request.params.prompt_logprobs
-        assert scores is not None and num_top is not None and request.prompt_logprobs is not None
-        logprobs, ids, ranks = map(np.asarray, jax.tree.leaves(scores))
-        # Token at position p scores the one at p + 1, so entry p + 1 of the list is the next to come.
-        first = len(request.prompt_logprobs) - 1
-        for position in range(
-            max(first, chunk.start), min(chunk.start + chunk.length, len(request.prompt_token_ids) - 1)
-        ):
-            index = query_start + position - chunk.start
-            request.prompt_logprobs.append(
-                position_logprobs(logprobs[index], ids[index], int(ranks[index]), num_top, self.tokenizer)
-            )
-        chunk.sequence.num_unscored = len(request.prompt_token_ids) - len(request.prompt_logprobs)
-
-    def _close(self, request: Request) -> RequestOutput:
-        """Forgets a finished request and gives its last output."""
-        request.finished_time = time.monotonic()
-        for continuation in request.continuations:
-            self._owners.pop(continuation.sequence, None)
-        self._news.pop(request, None)
-        del self._requests[request.request_id]
-        return request.output()
+            self._read(self._in_flight.popleft())

@@ -134,10 +134,10 @@ def step_record(plan: StepPlan, step: int, owners: Owners) -> Record:
     return {"kind": "step", "step": step, "chunks": chunks, **pages, "copies": copies, "preempted": preempted}
 
 
-def tokens_record(sequences: list[Sequence], tokens: list[int | None], owners: Owners) -> Record:
-    """What was read of a step: [request, index, token] of each sequence that had not ended."""
-    drawn = zip(sequences, tokens, strict=True)
-    return {"kind": "tokens", "tokens": [[*_name(one, owners), token] for one, token in drawn if one in owners]}
+def tokens_record(plan: StepPlan, token_ids: list[int], owners: Owners) -> Record:
+    """What was read of a step: [request, index, token] of each sequence that had not ended; -1: none could be drawn."""
+    drawn = [[*_name(sequence, owners), token_ids[row]] for row, sequence in plan.samples if sequence in owners]
+    return {"kind": "tokens", "tokens": drawn}
 
 
 def _name(sequence: Sequence, owners: Owners) -> list[Any]:

@@ -129,6 +129,7 @@ class Runner:
             self._programs = self._compile_all(use_tqdm=False)
         else:
             self._create_buffers()
+        self.warm_up_on_gpu()
 
     def warm_up(self) -> None:
         """Runs every step twice over nothing but padding, which leaves no trace.
@@ -204,6 +205,11 @@ class Runner:
     @property
     def params(self) -> DecoderParams:
         return self._params
+
+    def warm_up_on_gpu(self) -> None:
+        """`warm_up` where it is of use: other devices record no graphs."""
+        if jax.default_backend() == "gpu":
+            self.warm_up()
 
     def device_arrays_bytes(self) -> dict[str, int]:
         """Bytes of what lives on the device between steps."""
