@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
 Message = Mapping[str, Any]
+DEFAULT_MAX_NUM_SEQS = 256
 REQUEST_PREFIX = "llm-"  # so that ids never meet those of a user who drives `LLM.engine` as well
 PROMPT_TYPES = {"prompt": str, "prompt_token_ids": Sequence, "messages": Sequence}
 
@@ -44,9 +45,10 @@ class LLM:
     """A loaded model that answers prompts; names and meanings are vLLM's.
 
     model: a folder in Hugging Face layout, a hub id, or "demo" (the small model that ships). dtype "auto" is the
-    checkpoint's own, float32 on a CPU. None leaves the choice to the engine: max_num_batched_tokens, the tokens that
-    a step may carry, is 512 on a CPU and 8,192 elsewhere; page_size 16 and 64; max_model_len the model's own; and
-    num_pages what `gpu_memory_utilization` leaves. load_format "dummy" makes random weights from config.json alone.
+    checkpoint's own, float32 on a CPU. None leaves the choice to the engine: max_num_seqs is 256;
+    max_num_batched_tokens, the tokens that a step may carry, 512 on a CPU and 8,192 elsewhere, both less where the
+    device is small; page_size 16 and 64; max_model_len the model's own; num_pages what `gpu_memory_utilization` leaves.
+    load_format "dummy" makes random weights from config.json alone.
     deterministic: a request's tokens and log-probabilities are bitwise the same whatever runs beside it.
     enable_prefix_caching: a prompt that begins like one before it is computed from where they differ.
     logits_processors: pure functions (logits [B, V], SamplingInputs) -> logits, traced into the step.
@@ -61,7 +63,7 @@ class LLM:
         dtype: str = "auto",
         seed: int = 0,
         max_model_len: int | None = None,
-        max_num_seqs: int = 256,
+        max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
         gpu_memory_utilization: float = 0.9,
         page_size: int | None = None,
@@ -82,7 +84,7 @@ class LLM:
         self.model_config = read_model_config(folder)
         device = default_device(gpu_memory_utilization)
         engine_config = EngineConfig(
-            max_num_seqs=max_num_seqs,
+            max_num_seqs=DEFAULT_MAX_NUM_SEQS if max_num_seqs is None else max_num_seqs,
             max_num_batched_tokens=default_token_budget(device)
             if max_num_batched_tokens is None
             else max_num_batched_tokens,
@@ -98,12 +100,18 @@ class LLM:
         )
         enable_compile_cache()
         self.tokenizer = None if skip_tokenizer_init else load_tokenizer(folder)
+        limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
         specs = param_specs(self.model_config, engine_config.dtype)
         params = load_params(folder, self.model_config, specs, load_format, seed)
         self.engine = LLMEngine(
             self.model_config,
             params,
-            size_pool(self.model_config, engine_config, device),
+            size_pool(
+                self.model_config,
+                engine_config,
+                device,
+                defaults=[name for name, value in limits.items() if value is None],
+            ),
             self.tokenizer,
             tuple(logits_processors),
             use_tqdm=use_tqdm,

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -111,8 +112,35 @@ def fewer_pages(num_pages: int, needed: int) -> int:
     return min(num_pages, max(num_pages * 4 // 5, needed))
 
 
-def size_pool(model: ModelConfig, engine: EngineConfig, device: Device, reserved_bytes: int = 0) -> EngineConfig:
+# The least that a limit nobody gave is lowered to, and the share of free memory that a step's workspace may then take.
+SMALLEST_LIMITS = {"max_num_batched_tokens": 512, "max_num_seqs": 16}
+WORKSPACE_SHARE = 0.5
+
+
+def _lower_limits(model: ModelConfig, engine: EngineConfig, free: int, names: Collection[str]) -> EngineConfig:
+    """The configuration with the limits in `names` halved, the one that saves most first, until a step fits."""
+    while workspace_bytes(model, engine) > WORKSPACE_SHARE * free:
+        halved = [
+            dataclasses.replace(engine, **{name: getattr(engine, name) // 2})
+            for name in names
+            if getattr(engine, name) // 2 >= SMALLEST_LIMITS[name]
+        ]
+        if not halved:
+            break
+        engine = min(halved, key=lambda smaller: workspace_bytes(model, smaller))
+    return engine
+
+
+def size_pool(
+    model: ModelConfig,
+    engine: EngineConfig,
+    device: Device,
+    reserved_bytes: int = 0,
+    defaults: Collection[str] = (),
+) -> EngineConfig:
     """The engine's configuration with max_model_len and num_pages set; the log gets the sum of what the device holds.
+
+    defaults: which of max_num_seqs and max_num_batched_tokens nobody asked for, and may be lowered for a small device.
 
     The pool takes what memory allows, but no more than max_num_seqs sequences of max_model_len can fill;
     reserved_bytes: what weights that are not loaded yet will take. Raises ConfigError, with the sum, where the pool or
@@ -124,11 +152,13 @@ def size_pool(model: ModelConfig, engine: EngineConfig, device: Device, reserved
             f"max_model_len is {max_model_len}, the model knows positions up to {model.max_position} "
             "(max_position_embeddings in its config.json): lower max_model_len"
         )
+    free = free_bytes(device, CPU_SHARE if engine.num_pages is None else 1.0) - reserved_bytes
+    engine = _lower_limits(model, engine, free, defaults)
     memory = Memory(
         weights=num_bytes(param_specs(model, engine.dtype)),
         workspace=workspace_bytes(model, engine),
         page=page_bytes(model, engine.page_size, engine.dtype),
-        free=free_bytes(device, CPU_SHARE if engine.num_pages is None else 1.0) - reserved_bytes,
+        free=free,
     )
     if engine.num_pages is None:
         pages_each = -(-max_model_len // engine.page_size)
