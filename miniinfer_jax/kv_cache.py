@@ -47,6 +47,17 @@ def write(pages: jax.Array, keys: jax.Array, values: jax.Array, slots: jax.Array
     return pages.at[slots // page_size, slots % page_size].set(both, mode="drop", unique_indices=True)
 
 
+def take_pages(cache: KVCache, page_ids: jax.Array) -> tuple[jax.Array, ...]:
+    """Whole pages [n], one array a layer: [n, S, K, 2, H]; zeros for a page past the end (padding)."""
+    return tuple(layer.at[page_ids].get(mode="fill", fill_value=0) for layer in cache.layers)
+
+
+def put_pages(cache: KVCache, page_ids: jax.Array, pages: tuple[jax.Array, ...]) -> KVCache:
+    """The cache with whole pages [n] replaced, by one array a layer: [n, S, K, 2, H]; one past the end is dropped."""
+    layers = zip(cache.layers, pages, strict=True)
+    return KVCache(layers=tuple(layer.at[page_ids].set(values, mode="drop") for layer, values in layers))
+
+
 def copy_pages(pages: jax.Array, sources: jax.Array, targets: jax.Array) -> jax.Array:
     """A layer's pages with what sources [n] held at targets [n]; a target past the end is dropped (padding)."""
     held = pages.at[sources].get(mode="promise_in_bounds")

@@ -4,6 +4,8 @@ import itertools
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -14,6 +16,8 @@ from miniinfer_jax.engine.compile_cache import enable_compile_cache
 from miniinfer_jax.engine.llm_engine import LLMEngine
 from miniinfer_jax.engine.memory import choose_dtype, default_device, default_page_size, default_token_budget, size_pool
 from miniinfer_jax.engine.policies import make_policy
+from miniinfer_jax.engine.replay import Recorder, check_new
+from miniinfer_jax.engine.snapshot import Snapshot
 from miniinfer_jax.engine.validation import RequestError, check_scheduling, encode
 from miniinfer_jax.models.decoder import param_specs
 from miniinfer_jax.outputs import CompletionOutput, RequestOutput, Score, TextDelta
@@ -25,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
 Message = Mapping[str, Any]
+DEFAULT_MAX_NUM_SEQS = 256
 REQUEST_PREFIX = "llm-"  # so that ids never meet those of a user who drives `LLM.engine` as well
 PROMPT_TYPES = {"prompt": str, "prompt_token_ids": Sequence, "messages": Sequence}
 
@@ -41,15 +46,17 @@ class LLM:
     """A loaded model that answers prompts; names and meanings are vLLM's.
 
     model: a folder in Hugging Face layout, a hub id, or "demo" (the small model that ships). dtype "auto" is the
-    checkpoint's own, float32 on a CPU. None leaves the choice to the engine: max_num_batched_tokens, the tokens that
-    a step may carry, is 512 on a CPU and 8,192 elsewhere; page_size 16 and 64; max_model_len the model's own; and
-    num_pages what `gpu_memory_utilization` leaves. load_format "dummy" makes random weights from config.json alone.
+    checkpoint's own, float32 on a CPU. None leaves the choice to the engine: max_num_seqs is 256;
+    max_num_batched_tokens, the tokens that a step may carry, 512 on a CPU and 8,192 elsewhere, both less where the
+    device is small; page_size 16 and 64; max_model_len the model's own; num_pages what `gpu_memory_utilization` leaves.
+    load_format "dummy" makes random weights from config.json alone.
     deterministic: a request's tokens and log-probabilities are bitwise the same whatever runs beside it.
     enable_prefix_caching: a prompt that begins like one before it is computed from where they differ.
     logits_processors: pure functions (logits [B, V], SamplingInputs) -> logits, traced into the step.
     scheduling_policy: who is served first, one of `engine.policies.POLICIES`, with `policy_options` of its own, such as
     the weights of tenants. target_itl_ms: prompts are computed in parts so small that a request gets a token about
     every so many milliseconds.
+    record: a new file for a log of all that happens, which `miniinfer replay` runs again.
     Raises ValueError (ConfigError, CheckpointError, ...) for what it cannot load or run.
     """
 
@@ -60,7 +67,7 @@ class LLM:
         dtype: str = "auto",
         seed: int = 0,
         max_model_len: int | None = None,
-        max_num_seqs: int = 256,
+        max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
         gpu_memory_utilization: float = 0.9,
         page_size: int | None = None,
@@ -75,13 +82,21 @@ class LLM:
         policy_options: Mapping[str, Any] | None = None,
         target_itl_ms: float | None = None,
         logits_processors: Sequence[Any] = (),
+        record: str | os.PathLike[str] | None = None,
         use_tqdm: bool = True,
     ) -> None:
+        if record is not None:
+            check_new(record)
+            if target_itl_ms is not None:
+                raise RequestError(
+                    f"record with target_itl_ms={target_itl_ms}: steps that follow the clock can't be replayed; "
+                    "leave one of them out"
+                )
         folder = resolve(os.fspath(model), revision)
         self.model_config = read_model_config(folder)
         device = default_device(gpu_memory_utilization)
         engine_config = EngineConfig(
-            max_num_seqs=max_num_seqs,
+            max_num_seqs=DEFAULT_MAX_NUM_SEQS if max_num_seqs is None else max_num_seqs,
             max_num_batched_tokens=default_token_budget(device)
             if max_num_batched_tokens is None
             else max_num_batched_tokens,
@@ -101,16 +116,33 @@ class LLM:
         make_policy(scheduling_policy, policy_options)  # the engine makes its own; a wrong one is said before loading
         enable_compile_cache()
         self.tokenizer = None if skip_tokenizer_init else load_tokenizer(folder)
+        limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
         specs = param_specs(self.model_config, engine_config.dtype)
         params = load_params(folder, self.model_config, specs, load_format, seed)
         self.engine = LLMEngine(
             self.model_config,
             params,
-            size_pool(self.model_config, engine_config, device),
+            size_pool(
+                self.model_config,
+                engine_config,
+                device,
+                defaults=[name for name, value in limits.items() if value is None],
+            ),
             self.tokenizer,
             tuple(logits_processors),
             use_tqdm=use_tqdm,
         )
+        if record is not None:
+            processors = [getattr(one, "__qualname__", repr(one)) for one in logits_processors]
+            ways = {"load_format": load_format, "revision": revision, "skip_tokenizer_init": skip_tokenizer_init}
+            header = {
+                "arguments": {"model": _lasting_name(model), **ways, **asdict(self.engine.engine_config)},
+                "logits_processors": processors,
+                "description": self.engine.describe_model(),
+                "device": device.device_kind,
+                "jax": version("jax"),
+            }
+            self.engine.record = Recorder(record, header).take
         self._request_ids = itertools.count()
         self._kept: dict[str, list[RequestOutput]] = {}  # by open request: outputs that its call has not taken yet
 
@@ -137,24 +169,25 @@ class LLM:
         scheduling = _scheduling_for(len(prompts), priority, tenant, expected_output_len)
         outputs: dict[str, RequestOutput] = {}
         request_ids = []
-        with tqdm(total=len(prompts), desc="Requests", unit="req", disable=not use_tqdm) as progress:
-            try:
-                raises = len(prompts) == 1
-                for prompt, one, hints in zip(prompts, params, scheduling, strict=True):
-                    request_ids.append(self._add_or_refuse(prompt, one, hints, outputs, raises))
-                progress.update(len(outputs))
-                num_tokens = 0
-                waiting = set(request_ids) - set(outputs)
-                while waiting:
-                    for output in self._step(waiting):
-                        waiting.discard(output.request_id)
-                        outputs[output.request_id] = output
-                        num_tokens += sum(len(completion.token_ids) for completion in output.outputs)
-                        elapsed = progress.format_dict["elapsed"]
-                        progress.set_postfix_str(f"{num_tokens / max(elapsed, 1e-9):.0f} tokens/s", refresh=False)
-                        progress.update()
-            finally:
-                self._drop(request_ids)
+        try:
+            for prompt, one, hints in zip(prompts, params, scheduling, strict=True):
+                request_ids.append(self._add_or_refuse(prompt, one, hints, outputs, raises=len(prompts) == 1))
+            self._finish(request_ids, outputs, use_tqdm)
+        finally:
+            self._drop(request_ids)
+        return [outputs[request_id] for request_id in request_ids]
+
+    def restore(self, snapshot: Snapshot, use_tqdm: bool = True) -> list[RequestOutput]:
+        """Continues the requests of a snapshot to their end; outputs in their order of arrival.
+
+        `engine.restore` takes them up without running them. Raises ValueError as it does, with nothing changed.
+        """
+        request_ids = self.engine.restore(snapshot)
+        outputs: dict[str, RequestOutput] = {}
+        try:
+            self._finish(request_ids, outputs, use_tqdm)
+        finally:
+            self._drop(request_ids)
         return [outputs[request_id] for request_id in request_ids]
 
     def chat(
@@ -211,6 +244,14 @@ class LLM:
             self.engine.check_request(prompt.token_ids, one, prompt.cache_salt)
         return self._deltas(list(zip(tokenized, params, scheduling, strict=True)))
 
+    def sleep(self, *, keep_cache: bool = False) -> None:
+        """`LLMEngine.sleep`: the weights wait in host memory, and the device's memory is free for others."""
+        self.engine.sleep(keep_cache=keep_cache)
+
+    def wake_up(self) -> None:
+        """`LLMEngine.wake_up`."""
+        self.engine.wake_up()
+
     def fork(self, request_id: str, new_request_id: str | None = None, *, seed: int | None = None) -> str:
         """`LLMEngine.fork` of a request of `LLM.engine`; gives the new request's id, made up if it is not given."""
         if new_request_id is None:
@@ -242,6 +283,23 @@ class LLM:
         finally:
             self._drop(indices)
 
+    def _finish(self, request_ids: list[str], outputs: dict[str, RequestOutput], use_tqdm: bool) -> None:
+        """Runs steps until every request has its last output among `outputs`."""
+        with tqdm(total=len(request_ids), desc="Requests", unit="req", disable=not use_tqdm) as progress:
+            progress.update(len(outputs))
+            num_tokens = 0
+            waiting = set(request_ids) - set(outputs)
+            while waiting:
+                for output in self._step(waiting):
+                    if not output.finished:
+                        continue
+                    waiting.discard(output.request_id)
+                    outputs[output.request_id] = output
+                    num_tokens += sum(len(completion.token_ids) for completion in output.outputs)
+                    elapsed = progress.format_dict["elapsed"]
+                    progress.set_postfix_str(f"{num_tokens / max(elapsed, 1e-9):.0f} tokens/s", refresh=False)
+                    progress.update()
+
     def _step(self, request_ids: set[str]) -> list[RequestOutput]:
         """The next outputs of these requests. What a step has for other open calls is kept for them."""
         if not self._kept.keys() & request_ids:
@@ -249,8 +307,13 @@ class LLM:
                 self._kept.setdefault(output.request_id, []).append(output)
         return [output for request_id in self._kept.keys() & request_ids for output in self._kept.pop(request_id)]
 
+    def _new_id(self) -> str:
+        """An id that no request has; those of a restored snapshot may be of this form too."""
+        ids = (f"{REQUEST_PREFIX}{number}" for number in self._request_ids)
+        return next(request_id for request_id in ids if not self.engine.knows(request_id))
+
     def _add(self, prompt: TokenizedPrompt, params: SamplingParams, hints: dict[str, Any], streams: bool) -> str:
-        request_id = f"{REQUEST_PREFIX}{next(self._request_ids)}"
+        request_id = self._new_id()
         self.engine.add_request(
             request_id, prompt.token_ids, params, prompt.text, cache_salt=prompt.cache_salt, streams=streams, **hints
         )
@@ -270,7 +333,7 @@ class LLM:
         except ValueError as error:
             if raises:
                 raise
-            request_id = f"{REQUEST_PREFIX}{next(self._request_ids)}"
+            request_id = self._new_id()
             logger.warning("request %s is refused: %s", request_id, error)
             text = prompt if isinstance(prompt, str) else None
             refused = CompletionOutput(index=0, text="", token_ids=[], finish_reason="error")
@@ -357,6 +420,12 @@ def _scheduling_for(
     for row in rows:
         check_scheduling(**row)
     return rows
+
+
+def _lasting_name(model: str | os.PathLike[str]) -> str:
+    """The model's name, a folder's as seen from anywhere."""
+    name = os.fspath(model)
+    return os.path.abspath(name) if os.path.isdir(name) else name
 
 
 def _score(output: RequestOutput) -> Score:

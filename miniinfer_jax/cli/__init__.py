@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from miniinfer_jax.cli import bench, chat, generate, info
+from miniinfer_jax.cli import bench, chat, generate, info, replay
 
 TRACEBACK_VARIABLE = "MINIINFER_TRACEBACK"
 
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("info")(info.info)
+app.command("replay")(replay.replay)
 app.add_typer(bench.app, name="bench")
 
 

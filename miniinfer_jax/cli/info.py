@@ -78,6 +78,7 @@ def _describe_model(options: EngineOptions) -> dict[str, Any]:
         _engine_config(options, dtype, page_size, default_token_budget(device)),
         device,
         reserved_bytes=weight_bytes,
+        defaults=[name for name in ("max_num_seqs", "max_num_batched_tokens") if getattr(options, name) is None],
     )
     buckets = choose_buckets(engine)
     page_bytes = kv_cache.page_bytes(config, page_size, dtype)

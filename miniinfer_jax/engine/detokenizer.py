@@ -21,6 +21,13 @@ class Detokenizer:
         self._stream = DecodeStream(skip_special_tokens=params.skip_special_tokens)
         self._longest_stop = max((len(stop) for stop in params.stop_strings), default=0)
 
+    @classmethod
+    def of(cls, tokenizer: Any, params: SamplingParams, token_ids: list[int]) -> "Detokenizer | None":
+        """One that has taken token_ids; None where no text is asked for, or possible."""
+        if tokenizer is None or not params.detokenize:
+            return None
+        return cls(tokenizer, params).fork(token_ids)
+
     @property
     def settled_len(self) -> int:
         """Characters of `text` that no stop string can take back."""
@@ -47,7 +54,7 @@ class Detokenizer:
         return stop
 
     def fork(self, token_ids: list[int]) -> "Detokenizer":
-        """One more detokenizer that has taken the same tokens."""
+        """One more detokenizer, that has taken token_ids, none of which ended the text."""
         fork = Detokenizer(self._tokenizer, self._params)
         for num_tokens, token_id in enumerate(token_ids, 1):
             fork.append(token_id, num_tokens)

@@ -1,25 +1,36 @@
 """`LLMEngine`: requests in, steps, outputs out."""
 
 import itertools
+import logging
 import time
 from collections import deque
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import Any
 
 import jax
-import numpy as np
 
 from miniinfer_jax.config import EngineConfig, ModelConfig
-from miniinfer_jax.engine.batching import CacheShape
-from miniinfer_jax.engine.buckets import choose_buckets, token_budget
+from miniinfer_jax.engine.buckets import token_budget
 from miniinfer_jax.engine.detokenizer import Detokenizer
+from miniinfer_jax.engine.memory import fewer_pages, is_out_of_memory
+from miniinfer_jax.engine.open_requests import OpenRequests
 from miniinfer_jax.engine.page_allocator import PageAllocator
 from miniinfer_jax.engine.policies import make_policy
-from miniinfer_jax.engine.request import Continuation, Request, position_logprobs
-from miniinfer_jax.engine.runner import Runner, StepInFlight
+from miniinfer_jax.engine.replay import (
+    TakeRecord,
+    add_record,
+    call_record,
+    step_record,
+    tokens_record,
+)
+from miniinfer_jax.engine.request import Continuation, Request
+from miniinfer_jax.engine.runner import StepInFlight
 from miniinfer_jax.engine.scheduler import Scheduler
+from miniinfer_jax.engine.start import make_runner
+from miniinfer_jax.engine.state_calls import StateCalls
+from miniinfer_jax.engine.stats import EngineStats
 from miniinfer_jax.engine.step_budget import StepBudget
-from miniinfer_jax.engine.steps import LogitsProcessor, StepContext
+from miniinfer_jax.engine.steps import LogitsProcessor
 from miniinfer_jax.engine.validation import (
     RequestError,
     bad_word_ids,
@@ -31,31 +42,14 @@ from miniinfer_jax.engine.validation import (
     check_something_allowed,
 )
 from miniinfer_jax.models.decoder import DecoderParams
-from miniinfer_jax.ops.attention import choose_backend
 from miniinfer_jax.outputs import PromptLogprobs, RequestOutput
 from miniinfer_jax.sampling_params import MAX_SEED, SamplingParams
-from miniinfer_jax.sequence import Chunk, Sequence, StepPlan
+from miniinfer_jax.sequence import Sequence, StepPlan
+
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class EngineStats:
-    """How busy the engine is, and what it has done so far."""
-
-    num_running: int
-    num_waiting: int
-    num_free_pages: int  # hold nothing
-    num_cached_pages: int  # hold what the prefix cache found again, and are as good as free ones
-    num_pages: int
-    num_preemptions: int
-    num_prefix_queries: int  # tokens of the sequences that started
-    num_prefix_hits: int  # those of them that were in pages already
-    num_evictions: int  # cached pages given away
-    num_steps: int
-    num_prompt_tokens: int
-    num_generated_tokens: int
-
-
-class LLMEngine:
+class LLMEngine(StateCalls):
     """Continuous batching over one model: requests join and leave at any step.
 
     `engine_config.max_model_len` and `num_pages` must be set (see `engine/memory.py`). Not thread-safe.
@@ -79,48 +73,85 @@ class LLMEngine:
         policy = make_policy(engine_config.scheduling_policy, engine_config.policy_options)
         page_size = engine_config.page_size
         max_pages = -(-self.max_model_len // page_size)
-        shape = CacheShape(engine_config.num_pages, page_size, engine_config.max_num_seqs, max_pages)
-        backend = choose_backend(
-            engine_config.attention_backend, model_config, params.embedding.dtype.name, page_size, jax.devices()[0]
+        self._runner, self._num_memory_failures = make_runner(
+            model_config, engine_config, params, logits_processors, max_pages, use_tqdm
         )
-        context = StepContext(model_config, shape, backend, logits_processors)
-        # On a GPU the host waits at a branch; on a CPU it costs nothing, and fewer programs start sooner.
-        on_gpu = jax.default_backend() == "gpu"
-        buckets = choose_buckets(engine_config, with_plain=on_gpu and not logits_processors)
-        self._runner = Runner(context, params, buckets, use_tqdm=use_tqdm)
-        if on_gpu:
-            self._runner.warm_up()
         target = None if engine_config.target_itl_ms is None else engine_config.target_itl_ms / 1e3
         self._scheduler = Scheduler(
-            PageAllocator(engine_config.num_pages),
+            PageAllocator(self._runner.num_pages),
             page_size=page_size,
             max_num_seqs=engine_config.max_num_seqs,
             max_num_batched_tokens=token_budget(engine_config),
             max_pages_per_sequence=max_pages,
             enable_prefix_caching=engine_config.enable_prefix_caching,
             policy=policy,
-            step_budget=StepBudget(sorted({bucket.num_tokens for bucket in buckets.ragged}), target),
+            step_budget=StepBudget(self._runner.step_sizes, target),
         )
         self._measures_steps, self._last_read = target is not None, 0.0
-        self._requests: dict[str, Request] = {}
-        self._owners: dict[Sequence, tuple[Request, Continuation]] = {}
+        self._open = OpenRequests(self._scheduler, tokenizer)
         self._in_flight: deque[StepInFlight] = deque()
         self._sequence_ids = itertools.count()
-        self._num_requests = self._num_steps = self._num_prompt_tokens = self._num_generated_tokens = 0
+        self.record: TakeRecord | None = None  # what is told all that happens: see `engine/replay.py`
+        self._num_requests = self._num_steps = 0
 
     def step(self) -> list[RequestOutput]:
         """Dispatches the next step, then reads the one before it while the device works; the outputs that have news."""
+        self._check_awake()
         plan = self._scheduler.schedule()
-        if plan.chunks:
-            self._in_flight.append(self._dispatch(plan))
-            self._num_steps += 1
-            self._scheduler.prefetch()  # while the device works
-        if not self._in_flight:
-            self._scheduler.check()  # idle: every page must be back
-            return []
-        if plan.chunks and len(self._in_flight) == 1:
-            return []  # the first step of a burst: nothing to read yet
-        return self._collect(self._in_flight.popleft())
+        if plan.chunks or self._in_flight:
+            self._num_steps += bool(plan.chunks)
+            self._tell(step_record, plan, self._num_steps, self._open.owners)
+        try:
+            if plan.chunks:
+                self._in_flight.append(self._dispatch(plan))
+                self._scheduler.prefetch()  # while the device works
+            if not self._in_flight:
+                self._scheduler.check()  # idle: every page must be back
+            elif not plan.chunks or len(self._in_flight) > 1:  # else the first step of a burst: nothing to read yet
+                step = self._in_flight.popleft()
+                plan = step.plan
+                self._read(step)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._recover(plan, error)
+        return self._open.deliver()
+
+    def _recover(self, plan: StepPlan, error: Exception) -> None:
+        """After the device had no room for a plan: reads what came before it, and starts over smaller.
+
+        Smaller steps need less workspace, and only a smaller pool less than that. Raises the error, with all requests
+        still there, where the pool could not be smaller.
+        """
+        with suppress(jax.errors.JaxRuntimeError):
+            self._drain()
+        num_pages, budget = self._runner.num_pages, self._runner.smaller_budget(plan)
+        while True:
+            self._num_memory_failures += 1
+            if budget is None:
+                before, num_pages = num_pages, fewer_pages(num_pages, self._scheduler.num_pages_needed())
+                if num_pages == before:
+                    raise error
+            logger.warning(
+                "the device ran out of memory; all in flight is computed anew, with %d pages, %d tokens a step (%s)",
+                *(num_pages, budget or self._scheduler.max_num_batched_tokens, error),
+            )
+            try:
+                return self.start_over(num_pages, budget or self._scheduler.max_num_batched_tokens)
+            except jax.errors.JaxRuntimeError as another:
+                if not is_out_of_memory(another):
+                    raise
+                error, budget = another, None
+
+    def start_over(self, num_pages: int, max_num_batched_tokens: int) -> None:
+        """Computes everything anew that is in flight, in a pool and in steps of other sizes; no output token is lost.
+
+        Compiles for a pool of another size.
+        """
+        self._tell(call_record, "start_over", num_pages=num_pages, max_num_batched_tokens=max_num_batched_tokens)
+        self._in_flight.clear()
+        self._scheduler.start_over(num_pages, max_num_batched_tokens)
+        self._runner.start_over(num_pages)
 
     def _dispatch(self, plan: StepPlan) -> StepInFlight:
         """Hands a plan to the device; one that did not get there leaves nothing behind that later steps rely on."""
@@ -163,7 +194,9 @@ class LLMEngine:
         self._num_requests += 1
         continuations = [self._make_continuation(index, sequence) for index, sequence in enumerate((first, *others))]
         prompt_logprobs: PromptLogprobs | None = None if params.prompt_logprobs is None else [None]
-        self._queue(Request(request_id, prompt, token_ids, params, continuations, streams, prompt_logprobs))
+        request = Request(request_id, prompt, token_ids, params, continuations, streams, prompt_logprobs)
+        self._queue(request)
+        self._tell(add_record, request)
 
     def fork(
         self, request_id: str, new_request_id: str, *, seed: int | None = None, streams: bool | None = None
@@ -175,7 +208,7 @@ class LLMEngine:
         other request; without `seed` it gets one by its number, as a request without a seed does. Raises ValueError,
         with nothing changed, if request_id is not known (any more), or new_request_id is in use.
         """
-        request = self._requests.get(request_id)
+        request = self._open.by_id.get(request_id)
         if request is None:
             raise RequestError(
                 f"request {request_id!r} cannot be forked: it has ended, or was never added; "
@@ -183,6 +216,8 @@ class LLMEngine:
             )
         self._check_new_id(new_request_id)
         check_seed(seed)
+        ids = {"request_id": request_id, "new_request_id": new_request_id}
+        self._tell(call_record, "fork", **ids, seed=seed, streams=streams)
         seed = self._default_seed() if seed is None else seed
         self._num_requests += 1
         continuations = [
@@ -193,17 +228,16 @@ class LLMEngine:
         forked.streams = request.streams if streams is None else streams
         self._queue(forked)
 
+    def _check_new_id(self, request_id: str) -> None:
+        if self.knows(request_id):
+            raise RequestError(f"request id {request_id!r} is in use; give every request an id of its own")
+
     def _queue(self, request: Request) -> None:
         """Takes in a request that was checked."""
-        self._requests[request.request_id] = request
+        self._open.enter(request)
         for continuation in request.continuations:
             if not continuation.sequence.is_finished:
                 self._scheduler.add(continuation.sequence)
-                self._owners[continuation.sequence] = (request, continuation)
-
-    def _check_new_id(self, request_id: str) -> None:
-        if request_id in self._requests:
-            raise RequestError(f"request id {request_id!r} is in use; give every request an id of its own")
 
     def check_request(self, prompt_token_ids: list[int], params: SamplingParams, cache_salt: str | None = None) -> None:
         """Raises ValueError for a request that this engine cannot serve, however idle it is; queues nothing."""
@@ -225,26 +259,36 @@ class LLMEngine:
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Ends a request at any point and gives its last output; None for one that is not (or no longer) known."""
-        request = self._requests.get(request_id)
+        request = self._open.by_id.get(request_id)
         if request is None:
             return None
+        self._tell(call_record, "abort", request_id=request_id)
         for continuation in request.continuations:
             self._scheduler.abort(continuation.sequence)
-        return self._close(request)
+        return self._open.close(request)
+
+    def knows(self, request_id: str) -> bool:
+        """Whether a request of this id is running or waiting, or has an output that `step` is still to give."""
+        return request_id in self._open.by_id
+
+    def outputs(self) -> list[RequestOutput]:
+        """How each request stands that is running or waiting, in order of arrival."""
+        return [request.output() for request in self._open.by_id.values()]
 
     def has_requests(self) -> bool:
         """Whether any request is running or waiting."""
-        return bool(self._requests)
+        return bool(self._open.by_id)
 
     def has_unfinished_requests(self) -> bool:
         """Whether there is anything to compute or to read."""
-        return bool(self._requests or self._in_flight)
+        return bool(self._open.by_id or self._in_flight)
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached pages, as after a change of the weights; False, with nothing changed, while requests run.
 
         Requests that wait hold no pages, and are no hindrance.
         """
+        self._tell(call_record, "reset_prefix_cache")
         return self._scheduler.reset_prefix_cache()
 
     def check(self) -> None:
@@ -261,12 +305,13 @@ class LLMEngine:
             num_cached_pages=scheduler.allocator.num_cached,
             num_pages=scheduler.allocator.num_pages,
             num_preemptions=scheduler.num_preemptions,
+            num_memory_failures=self._num_memory_failures,
             num_prefix_queries=scheduler.num_prefix_queries,
             num_prefix_hits=scheduler.num_prefix_hits,
             num_evictions=scheduler.prefix_cache.num_evictions,
             num_steps=self._num_steps,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_generated_tokens=self._num_generated_tokens,
+            num_prompt_tokens=self._open.num_prompt_tokens,
+            num_generated_tokens=self._open.num_generated_tokens,
         )
 
     def device_arrays_bytes(self) -> dict[str, int]:
@@ -306,33 +351,20 @@ class LLMEngine:
 
     def _make_continuation(self, index: int, sequence: Sequence) -> Continuation:
         params = sequence.params
-        has_text = params.detokenize and self.tokenizer is not None
-        detokenizer = Detokenizer(self.tokenizer, params) if has_text else None
+        detokenizer = Detokenizer.of(self.tokenizer, params, [])
         return Continuation(index, sequence, detokenizer, logprobs=None if params.logprobs is None else [])
 
-    def _collect(self, step: StepInFlight) -> list[RequestOutput]:
+    def _read(self, step: StepInFlight) -> None:
         """Takes the results of a step: tokens to their sequences, and what follows from them."""
-        token_ids, samples = step.token_ids().tolist(), step.plan.samples
+        try:
+            token_ids = step.token_ids().tolist()
+        except jax.errors.JaxRuntimeError:
+            self._in_flight.clear()  # they follow the one that failed
+            raise
         if self._measures_steps:
             self._measure(step)
-        live = [(row, sequence) for row, sequence in samples if not sequence.is_finished]
-        tokens = [token_ids[row] if token_ids[row] >= 0 else None for row, _ in samples]
-        self._take_prompt_logprobs(step)
-        self._scheduler.update(step.plan, tokens)
-
-        news: dict[Request, None] = {}
-        for row, sequence in live:
-            request, continuation = self._owners[sequence]
-            if token_ids[row] >= 0:
-                self._take_token(request, continuation, row, step)
-            news[request] = None
-        outputs = []
-        for request in news:
-            if request.is_finished:
-                outputs.append(self._close(request))
-            elif request.streams:
-                outputs.append(request.output())
-        return outputs
+        self._tell(tokens_record, step.plan, token_ids, self._open.owners)
+        self._open.take_results(step, token_ids)
 
     def _measure(self, step: StepInFlight) -> None:
         """Tells the budget what a step took, now that it was read: since the one before it, or since it was sent."""
@@ -341,62 +373,7 @@ class LLMEngine:
             self._scheduler.step_budget.observe(step.plan.num_tokens, now - max(self._last_read, step.sent))
         self._last_read = now
 
-    def _take_token(self, request: Request, continuation: Continuation, row: int, step: StepInFlight) -> None:
-        """The newest token of a sequence: its time, its log-probabilities, its text, and a stop string in it."""
-        sequence = continuation.sequence
-        self._num_generated_tokens += 1
-        if request.first_token_time is None:
-            request.first_token_time = time.monotonic()
-            self._num_prompt_tokens += sequence.prompt_len
-        num_top = sequence.params.logprobs
-        if continuation.logprobs is not None and num_top is not None:
-            assert step.output.scores is not None
-            logprobs, ids, rank = (np.asarray(values)[row] for values in jax.tree.leaves(step.output.scores))
-            continuation.cumulative_logprob += float(logprobs[0])
-            continuation.logprobs.append(position_logprobs(logprobs, ids, int(rank), num_top, self.tokenizer))
-        if continuation.detokenizer is None:
-            return
-        token_id, num_tokens = sequence.output_token_ids[-1], len(sequence.output_token_ids)
-        if sequence.finish_reason == "stop" and not sequence.params.include_stop_str_in_output:
-            continuation.detokenizer.finish(sequence.output_token_ids[:-1])
-            return  # the token that stopped it is no part of the text
-        stop = continuation.detokenizer.append(token_id, num_tokens)
-        if stop is not None:
-            self._scheduler.finish(sequence, "stop", stop)
-            sequence.finish_reason, sequence.stop_reason = "stop", stop  # also where the length ended it just now
-        elif sequence.is_finished:
-            continuation.detokenizer.finish(sequence.output_token_ids)
-
-    def _take_prompt_logprobs(self, step: StepInFlight) -> None:
-        """The log-probabilities of prompt tokens that this step computed; those of a second prefill are known."""
-        query_start = 0
-        for chunk in step.plan.chunks:
-            request, continuation = self._owners.get(chunk.sequence, (None, None))
-            is_first = continuation is not None and continuation.index == 0
-            if request is not None and request.prompt_logprobs is not None and is_first and not chunk.is_decode:
-                self._take_chunk_logprobs(request, chunk, query_start, step)
-            query_start += chunk.length
-
-    def _take_chunk_logprobs(self, request: Request, chunk: Chunk, query_start: int, step: StepInFlight) -> None:
-        scores = step.output.prompt_scores
-        num_top = request.params.prompt_logprobs
-        assert scores is not None and num_top is not None and request.prompt_logprobs is not None
-        logprobs, ids, ranks = map(np.asarray, jax.tree.leaves(scores))
-        # Token at position p scores the one at p + 1, so entry p + 1 of the list is the next to come.
-        first = len(request.prompt_logprobs) - 1
-        for position in range(
-            max(first, chunk.start), min(chunk.start + chunk.length, len(request.prompt_token_ids) - 1)
-        ):
-            index = query_start + position - chunk.start
-            request.prompt_logprobs.append(
-                position_logprobs(logprobs[index], ids[index], int(ranks[index]), num_top, self.tokenizer)
-            )
-        chunk.sequence.num_unscored = len(request.prompt_token_ids) - len(request.prompt_logprobs)
-
-    def _close(self, request: Request) -> RequestOutput:
-        """Forgets a finished request and gives its last output."""
-        request.finished_time = time.monotonic()
-        for continuation in request.continuations:
-            self._owners.pop(continuation.sequence, None)
-        del self._requests[request.request_id]
-        return request.output()
+    def _drain(self) -> None:
+        """Reads all steps in flight, so that nothing of a request is known to the device alone."""
+        while self._in_flight:
+            self._read(self._in_flight.popleft())

@@ -29,6 +29,10 @@ class PageAllocator:
     def num_used(self) -> int:
         return self.num_pages - self.num_free - self.num_cached
 
+    def occupied(self) -> list[int]:
+        """The pages that hold something: all but the free ones."""
+        return [page for page in range(self.num_pages) if self._references[page] or self._is_kept[page]]
+
     def num_references(self, page: int) -> int:
         return self._references[page]
 

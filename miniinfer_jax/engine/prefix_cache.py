@@ -84,6 +84,12 @@ class PrefixCache:
         self._serial = 0
         self._oldest: list[tuple[int, int, Node]] = []  # heap of (last used, -, node); those out of date are skipped
 
+    def empty(self, allocator: PageAllocator) -> "PrefixCache":
+        """One that holds nothing yet, over another pool; evictions go on being counted."""
+        cache = PrefixCache(allocator, self._page_size, enabled=self.enabled)
+        cache.num_evictions = self.num_evictions
+        return cache
+
     @property
     def num_available(self) -> int:
         """Pages that can be allocated: free ones, and cached ones, which are evicted for it."""

@@ -2,6 +2,8 @@
 
 import time
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,17 @@ class Continuation:
     detokenizer: Detokenizer | None
     logprobs: list[PositionLogprobs] | None
     cumulative_logprob: float = 0.0
+
+    def forget(self, num_tokens: int) -> None:
+        """Makes text and log-probabilities those of the sequence, which has lost its last num_tokens outputs."""
+        sequence = self.sequence
+        if self.detokenizer is not None:
+            self.detokenizer = self.detokenizer.fork(sequence.output_token_ids)
+        if self.logprobs is not None:
+            del self.logprobs[len(self.logprobs) - num_tokens :]
+            drawn = zip(self.logprobs, sequence.output_token_ids, strict=True)
+            # Added one by one, as they came: sum() rounds otherwise from Python 3.12 on.
+            self.cumulative_logprob = reduce(add, (entries[token_id].logprob for entries, token_id in drawn), 0.0)
 
     def fork(self, sequence_id: int, seed: int) -> "Continuation":
         """The same text so far, to be continued by a sequence of its own; one that has ended stays as it is."""

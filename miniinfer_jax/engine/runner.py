@@ -4,7 +4,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,10 +28,13 @@ from miniinfer_jax.engine.batching import (
 from miniinfer_jax.engine.buckets import Buckets, DecodeBucket, RaggedBucket
 from miniinfer_jax.engine.steps import StepContext, decode_step, ragged_step, share_pages
 from miniinfer_jax.engine.token_rules import RuleRows, rule_rows
+from miniinfer_jax.kv_cache import KVCache
 from miniinfer_jax.models.decoder import DecoderParams
 from miniinfer_jax.sequence import PageCopy, Sequence, StepPlan
 
 logger = logging.getLogger(__name__)
+
+NUM_PAGES_MOVED = 16  # whole pages that go between host and device in one call of a program
 
 
 @dataclass(frozen=True)
@@ -47,44 +50,94 @@ class StepInFlight:
         return np.asarray(self.output.token_ids)
 
 
+@dataclass(frozen=True)
+class Sleep:
+    """What a sleeping runner keeps in host memory: weights as numpy arrays, and pages, one array a layer."""
+
+    weights: DecoderParams
+    shardings: DecoderParams
+    page_ids: list[int]
+    pages: tuple[np.ndarray, ...]
+
+
 def _set_rules(state: DecodeState, slot: jax.Array, rows: RuleRows) -> DecodeState:
     """The state with the rules of one slot replaced."""
     arrays = TokenRules(*map(jnp.asarray, rows))
     return replace(state, rules=jax.tree.map(lambda old, new: old.at[slot].set(new), state.rules, arrays))
 
 
+def _set_page_table(state: DecodeState, slot: jax.Array, row: jax.Array) -> DecodeState:
+    """The state with the page table [P] of one slot replaced."""
+    return replace(state, page_table=state.page_table.at[slot].set(row))
+
+
 class Runner:
     """Runs plans. Everything that can be compiled is compiled when it is made; after that, nothing."""
 
     def __init__(self, context: StepContext, params: DecoderParams, buckets: Buckets, *, use_tqdm: bool) -> None:
-        config, shape = context.config, context.shape
         self._context = context
         self._buckets = buckets
         self._params = params
-        dtype = params.embedding.dtype.name
+        self._sleep: Sleep | None = None
+        self._create_buffers()
+        self._programs = self._compile_all(use_tqdm)
+
+    def _create_buffers(self) -> None:
+        """What the steps write to: an empty pool, empty slots, and no tokens."""
+        config, shape = self._context.config, self._context.shape
+        dtype = self._params.embedding.dtype.name
         self._cache = kv_cache.create(config, shape.num_pages, shape.page_size, dtype)
         self._state = create_state(shape.num_slots, shape.max_pages, config.vocab_size)
         # The tokens of the last two decode steps, newest last; the older have been read, and give way to the next.
         self._outboxes = deque(jnp.zeros((shape.num_slots + 1,), jnp.int32) for _ in range(2))
         self._sent_decode: tuple[np.ndarray, jax.Array | None] = np.empty(0), None
-        self._programs = self._compile_all(use_tqdm)
+
+    def _drop_buffers(self) -> None:
+        """Lets go of what `_create_buffers` made, as far as it came."""
+        for name in ("_cache", "_state", "_outboxes", "_sent_decode"):
+            vars(self).pop(name, None)
 
     def run(self, plan: StepPlan) -> StepInFlight:
         """Dispatches the step and returns at once; its arrays fill while the host goes on."""
         for chunk in plan.chunks:
-            if chunk.is_first and chunk.sequence.params.uses_token_rules:
-                self._send_rules(chunk.sequence)
+            if chunk.is_first:
+                self.send_rules(chunk.sequence)
         self._share_pages(plan)
-        if self._buckets.decode and plan.is_decode_only:
+        bucket = self._bucket_for(plan)
+        if isinstance(bucket, DecodeBucket):
             plan.chunks.sort(key=lambda chunk: chunk.start)  # rows of like length may share a tile of attention
-            bucket = self._buckets.for_rows(len(plan.chunks), plan.is_plain)
-        else:
-            bucket = self._buckets.for_chunks(plan.num_tokens, len(plan.chunks), plan.is_plain)
         sent = time.monotonic()
         output = self._dispatch(bucket, plan)
         for array in self._wanted(plan, output):
             array.copy_to_host_async()
         return StepInFlight(plan, output, sent)
+
+    @property
+    def step_sizes(self) -> list[int]:
+        """Tokens of the steps that prompts may be in, ascending."""
+        return sorted({bucket.num_tokens for bucket in self._buckets.ragged})
+
+    def _bucket_for(self, plan: StepPlan) -> DecodeBucket | RaggedBucket:
+        if self._buckets.decode and plan.is_decode_only:
+            return self._buckets.for_rows(len(plan.chunks), plan.is_plain)
+        return self._buckets.for_chunks(plan.num_tokens, len(plan.chunks), plan.is_plain)
+
+    def smaller_budget(self, plan: StepPlan) -> int | None:
+        """The most tokens of a step that needs less memory than this plan's; None if only a smaller pool helps."""
+        bucket = self._bucket_for(plan)
+        smaller = [other.num_tokens for other in self._buckets.ragged if other.num_tokens < bucket.num_tokens]
+        return max(smaller, default=None) if isinstance(bucket, RaggedBucket) else None
+
+    def start_over(self, num_pages: int) -> None:
+        """Makes buffers anew, those there are having been lost; compiles all anew for a pool of another size."""
+        self._drop_buffers()
+        if num_pages != self._context.shape.num_pages:
+            self._context = replace(self._context, shape=replace(self._context.shape, num_pages=num_pages))
+            self._create_buffers()
+            self._programs = self._compile_all(use_tqdm=False)
+        else:
+            self._create_buffers()
+        self.warm_up_on_gpu()
 
     def warm_up(self) -> None:
         """Runs every step twice over nothing but padding, which leaves no trace.
@@ -96,8 +149,80 @@ class Runner:
             self._dispatch(bucket, StepPlan())
             self._share_pages(StepPlan(copies=[PageCopy(0, 0)]))
 
+    def send_rules(self, sequence: Sequence) -> None:
+        """Tells the device what the request of a running sequence says about single tokens, its outputs counted."""
+        if sequence.params.uses_token_rules:
+            rows = rule_rows(sequence, self._context.config.vocab_size)
+            self._state = self._programs["set_rules"](self._state, np.int32(sequence.slot or 0), rows)
+
+    def send_page_table(self, sequence: Sequence) -> None:
+        """Tells the device all pages of a running sequence at once; a plan names only those that are new."""
+        row = np.zeros(self._context.shape.max_pages, np.int32)
+        row[: len(sequence.pages)] = sequence.pages
+        self._state = self._programs["set_page_table"](self._state, np.int32(sequence.slot or 0), row)
+
+    def read_pages(self, page_ids: list[int]) -> tuple[np.ndarray, ...]:
+        """The contents of pages [n] after all steps dispatched so far, one array a layer: [n, S, K, 2, H]; waits."""
+        read = tuple(np.empty((len(page_ids), *layer.shape[1:]), layer.dtype) for layer in self._cache.layers)
+        for ids, rows in self._page_batches(page_ids):
+            for layer, part in zip(read, self._programs["take_pages"](self._cache, ids), strict=True):
+                layer[rows] = np.asarray(part)[: rows.stop - rows.start]
+        return read
+
+    def write_pages(self, page_ids: list[int], pages: tuple[np.ndarray, ...]) -> None:
+        """Fills pages [n] from one array a layer, [n, S, K, 2, H], before whatever step is dispatched next."""
+        for ids, rows in self._page_batches(page_ids):
+            values = tuple(np.zeros((NUM_PAGES_MOVED, *layer.shape[1:]), layer.dtype) for layer in pages)
+            for value, layer in zip(values, pages, strict=True):
+                value[: rows.stop - rows.start] = layer[rows]
+            self._cache = self._programs["put_pages"](self._cache, ids, values)
+
+    def _page_batches(self, page_ids: list[int]) -> Iterator[tuple[np.ndarray, slice]]:
+        """(ids of NUM_PAGES_MOVED pages, padded with one past the end; where in page_ids they stand)."""
+        for start in range(0, len(page_ids), NUM_PAGES_MOVED):
+            rows = slice(start, min(start + NUM_PAGES_MOVED, len(page_ids)))
+            ids = np.full(NUM_PAGES_MOVED, self._context.shape.num_pages, np.int32)
+            ids[: rows.stop - rows.start] = page_ids[rows]
+            yield ids, rows
+
+    @property
+    def num_pages(self) -> int:
+        return self._context.shape.num_pages
+
+    @property
+    def is_asleep(self) -> bool:
+        return self._sleep is not None
+
+    def sleep(self, page_ids: list[int]) -> None:
+        """Moves the weights and these pages to host memory, and lets go of everything on the device; waits."""
+        pages = self.read_pages(page_ids)
+        # A copy: on a CPU device numpy would share the memory that is to be freed.
+        weights = jax.tree.map(lambda array: np.array(array, copy=True), self._params)
+        self._sleep = Sleep(weights, jax.tree.map(lambda array: array.sharding, self._params), page_ids, pages)
+        del self._params
+        self._drop_buffers()
+
+    def wake_up(self) -> None:
+        """Brings weights and pages back to the device; slots are empty, and page tables must be sent again."""
+        assert self._sleep is not None
+        asleep, self._sleep = self._sleep, None
+        self._params = jax.device_put(asleep.weights, asleep.shardings)
+        self._create_buffers()
+        self.write_pages(asleep.page_ids, asleep.pages)
+
+    @property
+    def params(self) -> DecoderParams:
+        return self._params
+
+    def warm_up_on_gpu(self) -> None:
+        """`warm_up` where it is of use: other devices record no graphs."""
+        if jax.default_backend() == "gpu":
+            self.warm_up()
+
     def device_arrays_bytes(self) -> dict[str, int]:
         """Bytes of what lives on the device between steps."""
+        if self.is_asleep:
+            return {"weights": 0, "pages": 0, "state": 0}
         owned = {"weights": self._params, "pages": self._cache, "state": self._state}
         return {name: sum(array.nbytes for array in jax.tree.leaves(tree)) for name, tree in owned.items()}
 
@@ -134,10 +259,6 @@ class Runner:
             sent = jax.device_put(packed)
             self._sent_decode = packed, sent
         return sent
-
-    def _send_rules(self, sequence: Sequence) -> None:
-        rows = rule_rows(sequence, self._context.config.vocab_size)
-        self._state = self._programs["set_rules"](self._state, np.int32(sequence.slot or 0), rows)
 
     @staticmethod
     def _wanted(plan: StepPlan, output: StepOutput) -> list[jax.Array]:
@@ -206,4 +327,17 @@ class Runner:
         row = shapes(jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape[1:], array.dtype), state.rules))
         rows = RuleRows(row.counts, row.flags, row.bias, row.bad_words)
         jobs["set_rules"] = partial(set_rules.lower, state, int32(), rows)
-        return jobs
+        set_page_table = jax.jit(_set_page_table, donate_argnums=0)
+        jobs["set_page_table"] = partial(set_page_table.lower, state, int32(), int32(context.shape.max_pages))
+        return jobs | self._page_lowerings(cache)
+
+    @staticmethod
+    def _page_lowerings(cache: KVCache) -> dict[Any, Callable[[], jax.stages.Lowered]]:
+        """The programs that move whole pages between host and device; `cache` holds shapes."""
+        page_ids = jax.ShapeDtypeStruct((NUM_PAGES_MOVED,), jnp.int32)
+        pages = tuple(jax.ShapeDtypeStruct((NUM_PAGES_MOVED, *one.shape[1:]), one.dtype) for one in cache.layers)
+        put_pages = jax.jit(kv_cache.put_pages, donate_argnums=0)
+        return {
+            "take_pages": partial(jax.jit(kv_cache.take_pages).lower, cache, page_ids),
+            "put_pages": partial(put_pages.lower, cache, page_ids, pages),
+        }

@@ -79,14 +79,33 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queues a new sequence. Raises ValueError if it could never be computed, even alone in the pool."""
-        if sequence.sequence_id in self._unfinished:
-            raise ValueError(f"sequence id {sequence.sequence_id} is in use; give every sequence an id of its own")
-        self.check_fits(sequence)
-        sequence.arrival = self.num_planned_tokens
-        self._unfinished[sequence.sequence_id] = sequence
+        self._enter(sequence)
         self._waiting.push(sequence)
         if len(self._newcomers) < MAX_PREFETCHES:
             self._newcomers.append(sequence)
+
+    def resume(self, sequence: Sequence, num_computed: int) -> int | None:
+        """Takes a sequence whose first num_computed tokens have keys and values outside of the pool.
+
+        It runs, and the caller fills its pages before the next step, but for the first ones, whose number is given:
+        they hold their tokens already. None: there is no room, it waits and will be computed anew. Raises ValueError
+        as `add` does.
+        """
+        self._enter(sequence)
+        found = self.prefix_cache.match(sequence, num_computed).without_part(self.page_size)
+        num_pages = self._num_pages_for(min(sequence.num_tokens + self.page_size, sequence.max_len - 1))
+        claimed = num_pages - len(found.pages) + self.prefix_cache.num_idle(found.pages)
+        claimed += sum(self._claim(one, StepPlan()) for one in self.running)
+        if num_computed == 0 or not self._free_slots or claimed > self.prefix_cache.num_available:
+            self._waiting.push(sequence)
+            return None
+        self._take_slot(sequence)
+        self.prefix_cache.share(found.pages)
+        new_pages = self.prefix_cache.allocate(self._num_pages_for(num_computed) - len(found.pages))
+        sequence.pages = [*found.pages, *new_pages]
+        sequence.prefill_start = sequence.last_chunk_start = sequence.num_computed = num_computed
+        self.prefix_cache.insert(sequence)
+        return len(found.pages)
 
     def check_fits(self, sequence: Sequence) -> None:
         """Raises ValueError, with what to raise and by how much, for a sequence too long for the whole pool."""
@@ -196,6 +215,52 @@ class Scheduler:
             sequence.stop_reason = stop_reason
             self._retire(sequence)
 
+    @property
+    def running(self) -> list[Sequence]:
+        """The sequences that hold a slot and pages."""
+        return list(self._running.values())
+
+    def preempt_all(self) -> None:
+        """Takes all slots and pages back, and forgets what pages hold; every sequence waits, to be computed anew."""
+        for sequence in self.running:
+            self._preempt(sequence, StepPlan())
+        self._filling.clear()
+        self.prefix_cache.clear()
+
+    def start_over(self, num_pages: int, max_num_batched_tokens: int) -> None:
+        """Has everything computed anew, in an empty pool and under a budget of other sizes.
+
+        Tokens in flight are lost, and will be drawn again. The pool must hold each unfinished sequence.
+        """
+        self.preempt_all()
+        for sequence in self._unfinished.values():
+            sequence.num_in_flight = 0
+        self._free_slots.sort(reverse=True)  # in whichever order they came back: a replay goes the same way
+        self.allocator = PageAllocator(num_pages)
+        self.prefix_cache = self.prefix_cache.empty(self.allocator)
+        self.max_num_batched_tokens = max_num_batched_tokens
+
+    def num_pages_needed(self) -> int:
+        """The pages that the longest unfinished sequence may come to need."""
+        return max((self._num_pages_for(sequence.max_len - 1) for sequence in self._unfinished.values()), default=1)
+
+    def rewind(self, sequence: Sequence, num_tokens: int) -> None:
+        """Takes back the last num_tokens outputs of a sequence without tokens in flight, and the pages behind the rest.
+
+        The newest token that is left goes through the model once more, for the next to be drawn from it.
+        """
+        assert sequence.num_in_flight == 0 and num_tokens <= len(sequence.output_token_ids)
+        del sequence.output_token_ids[len(sequence.output_token_ids) - num_tokens :]
+        if sequence.status is SequenceStatus.RUNNING:
+            num_computed = min(sequence.num_computed, sequence.num_known_tokens - 1)
+            sequence.prefill_start = sequence.last_chunk_start = sequence.num_computed = num_computed
+            sequence.prefill_len = sequence.num_known_tokens
+            num_pages = self._num_pages_for(num_computed)
+            self.prefix_cache.release(sequence.pages[num_pages:])
+            del sequence.pages[num_pages:]
+            sequence.may_share_part = True  # what was full may be in the cache, and is written to again
+        self.prefix_cache.leave(sequence)  # its place may be among tokens that it has no more
+
     def abort(self, sequence: Sequence) -> None:
         """Ends a sequence that nobody wants any more, at any point of its life."""
         self.finish(sequence, "abort")
@@ -223,6 +288,13 @@ class Scheduler:
 
     def _num_pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
+
+    def _enter(self, sequence: Sequence) -> None:
+        if sequence.sequence_id in self._unfinished:
+            raise ValueError(f"sequence id {sequence.sequence_id} is in use; give every sequence an id of its own")
+        self.check_fits(sequence)
+        sequence.arrival = self.num_planned_tokens
+        self._unfinished[sequence.sequence_id] = sequence
 
     def _give_way(self, plan: StepPlan) -> Sequence | None:
         """Preempts what the first waiting sequence outranks, as much as it needs to start; that sequence, if it can.
@@ -442,23 +514,27 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, prefix: Prefix, plan: StepPlan) -> None:
         """Gives a waiting sequence a slot, and the pages of its prefix."""
-        sequence.status = SequenceStatus.RUNNING
-        sequence.slot = self._free_slots.pop()
-        sequence.prefill_len = sequence.num_known_tokens  # the outputs too, after a preemption
+        slot = self._take_slot(sequence)
         sequence.prefill_start = sequence.num_computed = prefix.num_tokens
         sequence.num_charged = max(sequence.num_charged, prefix.num_tokens)  # what others computed is free
-        sequence.parent = None
-        self._running[sequence.sequence_id] = sequence
         self.prefix_cache.share(prefix.pages)
         sequence.pages = list(prefix.pages)
         if prefix.part_page is not None:
             self.prefix_cache.share([prefix.part_page])
             sequence.pages.append(self._copy_page(prefix.part_page, plan))
-        plan.shared_pages += [NewPage(sequence.slot, column, page) for column, page in enumerate(sequence.pages)]
+        plan.shared_pages += [NewPage(slot, column, page) for column, page in enumerate(sequence.pages)]
         if sequence.num_preemptions == 0:
             sequence.num_cached_tokens = min(prefix.num_tokens, sequence.prompt_len)
             self.num_prefix_queries += sequence.prefill_len
             self.num_prefix_hits += prefix.num_tokens
+
+    def _take_slot(self, sequence: Sequence) -> int:
+        sequence.status = SequenceStatus.RUNNING
+        sequence.slot = slot = self._free_slots.pop()
+        sequence.prefill_len = sequence.num_known_tokens  # the outputs too, after a preemption
+        sequence.parent = None
+        self._running[sequence.sequence_id] = sequence
+        return slot
 
     def _preempt(self, sequence: Sequence, plan: StepPlan) -> None:
         """Back to the queue, to be computed anew; tokens in flight are still good."""

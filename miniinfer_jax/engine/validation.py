@@ -12,6 +12,10 @@ class RequestError(ValueError):
     """A request that this engine cannot serve; says what, the limit and the remedy."""
 
 
+class EngineAsleep(ValueError):
+    """A call that needs the device, which a sleeping engine has given back."""
+
+
 def check_prompt(prompt_token_ids: list[int], vocab_size: int, max_model_len: int, remedy: str) -> None:
     """Raises RequestError for an empty prompt, one without room for an output (with `remedy`), or unknown ids."""
     if not prompt_token_ids:
@@ -80,6 +84,21 @@ def check_something_allowed(sequence: Sequence) -> None:
         raise RequestError(
             f"min_tokens is {sequence.params.min_tokens}, and each of allowed_token_ids {str(allowed):.80} "
             "ends the sequence: drop one of the two"
+        )
+
+
+def check_rewind(request_id: str, sequences: list[Sequence], num_tokens: int, seed: int | None) -> None:
+    """Raises RequestError unless each of a request's sequences goes on and has num_tokens outputs to take back."""
+    if not isinstance(num_tokens, int) or isinstance(num_tokens, bool) or num_tokens < 0:
+        raise RequestError(f"num_tokens is {num_tokens!r}; it must be an integer, 0 or more")
+    check_seed(seed)
+    if any(sequence.is_finished for sequence in sequences):
+        raise RequestError(f"a sequence of request {request_id!r} has ended: rewind a request while all of it runs")
+    num_drawn = min(len(sequence.output_token_ids) for sequence in sequences)
+    if num_tokens > num_drawn:
+        raise RequestError(
+            f"request {request_id!r} has drawn {num_drawn} tokens, and taking back {num_tokens} would go past its "
+            f"prompt: rewind by {num_drawn} at most"
         )
 
 

@@ -41,6 +41,27 @@ def bits(output):
     return completion.token_ids, drawn, prompt
 
 
+def finish(engine):
+    """The last outputs of all requests."""
+    last = {}
+    while engine.has_unfinished_requests():
+        last |= {output.request_id: output for output in engine.step() if output.finished}
+    return last
+
+
+def differing_after_restore(first, second, prompts, params):
+    """Which requests end otherwise in the second engine, which takes them up half way, than in the first."""
+    for index, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
+        first.add_request(str(index), prompt, one, streams=False)
+    for _ in range(len(prompts) // 2):
+        first.step()
+    snapshot = first.snapshot()
+    second.restore(snapshot)
+    assert second.stats().num_running and second.stats().num_waiting
+    expected, got = finish(first), finish(second)
+    return [request_id for request_id, output in got.items() if bits(output) != bits(expected[request_id])]
+
+
 def main(folder, dtype, num_requests):
     prompts, params = make_requests(num_requests)
 
@@ -77,6 +98,7 @@ def main(folder, dtype, num_requests):
         "chunks_of_24": differing(engine(num_pages=num_pages, max_num_batched_tokens=24), everyone),
         "chunks_of_7": differing(engine(num_pages=num_pages, max_num_batched_tokens=7), everyone[:12]),
     }
+    report["restored"] = differing_after_restore(llm.engine, engine(num_pages=num_pages // 4).engine, prompts, params)
     small = engine(num_pages=20)
     report["preempted"] = differing(small, everyone)
     report["num_preemptions"] = small.engine.stats().num_preemptions

@@ -36,4 +36,4 @@ def test_a_result_depends_on_the_request_alone(platform, dtype, num_requests, ch
     assert report.pop("num_cached_tokens") > 30 * num_requests
     assert report.pop("num_distinct") == num_requests
     assert report == {name: [] for name in report}
-    assert len(report) == 10
+    assert len(report) == 11

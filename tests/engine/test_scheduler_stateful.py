@@ -211,7 +211,7 @@ class EngineMachine(RuleBasedStateMachine):
         scores_prompt: bool,
     ) -> None:
         first: Sequence | None = None
-        fits = len(prompt) + max_tokens - 1 <= self.scheduler.allocator.num_pages * self.scheduler.page_size
+        fits = len(prompt) + max_tokens - 1 <= self.scheduler.max_pages_per_sequence * self.scheduler.page_size
         for number in range(num_samples):
             sequence = Sequence(
                 sequence_id=len(self.sequences),
@@ -350,6 +350,57 @@ class EngineMachine(RuleBasedStateMachine):
         assert sequence.finish_reason == (reason_before or ("stop" if by_stop_string else "abort"))
         self.num_events[f"ended while {status.value}"] += 1
 
+    @precondition(lambda self: self.sequences)
+    @rule(index=st.integers(0, 11), num_tokens=st.integers(0, 12))
+    def rewind(self, index: int, num_tokens: int) -> None:
+        """All is read, and some outputs are taken back: they will be drawn again."""
+        while self.pending:
+            self.read()
+        sequence = self.sequences[-1 - index % len(self.sequences)]
+        if not sequence.is_finished:
+            num_tokens = min(num_tokens, len(sequence.output_token_ids))
+            self.num_events["rewound while running"] += num_tokens > 0 and sequence.slot is not None
+            self.scheduler.rewind(sequence, num_tokens)
+            inherited = self.device.inherited.get(sequence, [])
+            self.device.inherited[sequence] = inherited[: len(sequence.output_token_ids)]
+            self.num_computed[sequence.sequence_id] = sequence.num_computed
+
+    @precondition(lambda self: self.sequences)
+    @rule(num_pages=st.integers(0, 8))
+    def restore(self, num_pages: int) -> None:
+        """All is read, and the unfinished sequences move to another pool, their pages with them where they fit."""
+        while self.pending:
+            self.read()
+        old, old_device = self.scheduler, self.device
+        self.scheduler = Scheduler(
+            PageAllocator(old.max_pages_per_sequence + num_pages),
+            page_size=old.page_size,
+            max_num_seqs=old.max_num_seqs,
+            max_num_batched_tokens=old.max_num_batched_tokens,
+            max_pages_per_sequence=old.max_pages_per_sequence,
+            policy=policy_named(self.policy),
+            step_budget=old.step_budget,
+            enable_prefix_caching=old.prefix_cache.enabled,
+        )
+        self.scheduler.num_preemptions = old.num_preemptions
+        self.scheduler.prefix_cache.num_evictions = old.prefix_cache.num_evictions
+        self.device = FakeDevice(old.page_size)
+        self.device.inherited = old_device.inherited
+        for sequence in self.sequences:
+            if sequence.is_finished:
+                continue
+            num_computed, table = sequence.num_computed, old_device.page_tables.get(sequence.slot or 0, {})
+            held = [dict(old_device.pages[table[column]]) for column in range(len(sequence.pages))]
+            sequence.slot, sequence.pages, sequence.num_computed = None, [], 0
+            num_filled = self.scheduler.resume(sequence, num_computed)
+            if num_filled is not None:
+                assert sequence.slot is not None
+                self.device.page_tables[sequence.slot] = dict(enumerate(sequence.pages))
+                self.device.pages |= dict(zip(sequence.pages[num_filled:], held[num_filled:], strict=True))
+                self.num_events["restored with its pages"] += 1
+                self.num_events["restored with the pages of another"] += num_filled > 0
+            self.num_computed[sequence.sequence_id] = sequence.num_computed
+
     @invariant()
     def holds_together(self) -> None:
         self.num_events["step"] += 1
@@ -437,6 +488,7 @@ def test_random_lives_leak_nothing_and_end():
         *("chunked prefill", "stop", "length", "error", "refused", "reset", "gave way"),
         *("ended while waiting", "ended while running", "ended while finished"),
         *("forked", "forked with a token in flight", "drew with its parent", "copied"),
+        *("rewound while running", "restored with its pages", "restored with the pages of another"),
         *("hit", "hit of generated tokens", "second turn", "evicted"),
     ):
         assert total[event] >= 100, (event, total)
