@@ -27,7 +27,16 @@ STANDARD_LIBRARY_ONLY = (
     "miniinfer_jax.sequence",
 )
 DECIDERS = (
-    *("page_allocator", "prefix_cache", "inheritance", "policies", "waiting_queue", "step_budget"),
+    *(
+        "page_allocator",
+        "prefix_cache",
+        "inheritance",
+        "policies",
+        "waiting_queue",
+        "step_budget",
+        "sequence_pages",
+        "lifecycle",
+    ),
     "scheduler",
 )
 

@@ -150,7 +150,8 @@ class LLMEngine(StateCalls):
         """
         self._tell(call_record, "start_over", num_pages=num_pages, max_num_batched_tokens=max_num_batched_tokens)
         self._in_flight.clear()
-        self._scheduler.start_over(num_pages, max_num_batched_tokens)
+        self._scheduler.start_over(num_pages)
+        self._scheduler.max_num_batched_tokens = max_num_batched_tokens
         self._runner.start_over(num_pages)
 
     def _dispatch(self, plan: StepPlan) -> StepInFlight:
