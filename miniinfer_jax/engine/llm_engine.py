@@ -184,7 +184,7 @@ class LLMEngine(StateCalls):
         self._check_new_id(request_id)
         self.check_request(prompt_token_ids, params, cache_salt)
         check_scheduling(priority, tenant, expected_output_len)
-        token_ids = list(prompt_token_ids)  # the caller's list may change, and the cache goes by the tokens
+        token_ids = list(prompt_token_ids)  # the caller's list may change, and pages are found by the tokens
         first = self._make_sequence(0, token_ids, params, cache_salt)
         if params.prompt_logprobs is not None:
             first.num_unscored = first.prompt_len - 1
@@ -219,7 +219,7 @@ class LLMEngine(StateCalls):
         check_seed(seed)
         ids = {"request_id": request_id, "new_request_id": new_request_id}
         self._tell(call_record, "fork", **ids, seed=seed, streams=streams)
-        seed = self._default_seed() if seed is None else seed
+        seed = self._default_seed() if seed is None else int(seed)
         self._num_requests += 1
         continuations = [
             continuation.fork(next(self._sequence_ids), (seed + continuation.index) & MAX_SEED)
