@@ -117,9 +117,9 @@ class Scheduler:
         plan = StepPlan()
         self._cache_pages()
         self.prefix_cache.begin_plan()
-        newcomer = self._give_way(plan) if self._policy.preempts else None
+        newcomer, num_reserved = self._give_way(plan) if self._policy.preempts else (None, 0)
         num_gave_way = len(plan.preempted)
-        decoding, prompts, budget = self._share_budget(newcomer)
+        decoding, prompts, budget = self._share_budget(newcomer, num_reserved)
         if self._has_pages_for(decoding, prompts, plan):
             self._append_decoding(decoding, plan)
             for sequence, length in prompts:
@@ -224,25 +224,27 @@ class Scheduler:
     def _num_pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
-    def _give_way(self, plan: StepPlan) -> Sequence | None:
-        """Preempts what the first waiting sequence outranks, as much as it needs to start; that sequence, if it can.
+    def _give_way(self, plan: StepPlan) -> tuple[Sequence | None, int]:
+        """Preempts what the first waiting sequence outranks, as much as it needs to start.
 
+        Gives that sequence and how many tokens it has to compute, or None if it has nobody behind it or cannot start.
         Nothing is preempted in vain: not for a sequence that would have to wait all the same.
         """
         sequence = self._waiting.first()
         if sequence is None or sequence.num_in_flight > 0:
-            return None
+            return None, 0
         behind = self._policy.outranked(sequence, self._running.values())
         if not behind:
-            return None
+            return None, 0
         num_slots, num_pages = len(self._free_slots), self._num_unclaimed_pages(sequence, plan)
-        num_pages -= self._find_prefix(sequence, plan, False, num_pages)[1]
+        prefix, claim = self._find_prefix(sequence, plan, False, num_pages)
+        num_pages -= claim
         num_decoding = sum(running.is_decoding for running in self._running.values())
         num_tokens = self.max_num_batched_tokens - num_decoding
         victims = []
         while num_slots == 0 or num_tokens == 0 or num_pages < 0:
             if not behind:
-                return None
+                return None, 0
             victims.append(max(behind, key=self._policy.order))
             behind.remove(victims[-1])
             num_slots += 1
@@ -251,14 +253,16 @@ class Scheduler:
             num_pages += sum(self.allocator.num_references(page) == 1 for page in victims[-1].pages)
         for victim in victims:
             self._preempt(victim, plan)
-        return sequence
+        return sequence, sequence.num_known_tokens - prefix.num_tokens
 
-    def _share_budget(self, newcomer: Sequence | None) -> tuple[list[Sequence], list[tuple[Sequence, int]], int]:
+    def _share_budget(
+        self, newcomer: Sequence | None, num_reserved: int
+    ) -> tuple[list[Sequence], list[tuple[Sequence, int]], int]:
         """Who decodes, which prompts go on with how many tokens each, and how many tokens of the step are left.
 
         Each decoding sequence gets its token, so that a long prompt stops nobody's stream. There is enough for all:
         each needed a token of the budget, beside the others', to start decoding. Prompts share the rest, first by
-        policy first; those that `newcomer` outranks leave it what it needs.
+        policy first; those that `newcomer` outranks leave it `num_reserved` of them.
         """
         decoding, unfilled = [], []
         for sequence in self._running.values():
@@ -271,8 +275,8 @@ class Scheduler:
         budget, shares = num_tokens - len(decoding), []
         for sequence in sorted(unfilled, key=self._policy.order):
             length = min(sequence.prefill_len - sequence.num_computed, budget)
-            if newcomer and sequence in outranked:
-                length = min(length, budget - newcomer.num_known_tokens)
+            if sequence in outranked:
+                length = min(length, budget - num_reserved)
             if length > 0:
                 budget -= length
                 shares.append((sequence, length))
