@@ -123,7 +123,7 @@ class Scheduler:
         if self._has_pages_for(decoding, prompts, plan):
             self._append_decoding(decoding, plan)
             for sequence, length in prompts:
-                self._append_chunk(sequence, length, plan)
+                self._append_prompt(sequence, length, plan)
         else:
             self._share_pages({**dict.fromkeys(decoding, 1), **dict(prompts)}, plan)
         if len(plan.preempted) == num_gave_way:  # a step that ran out of pages has none for newcomers
@@ -156,7 +156,8 @@ class Scheduler:
         """
         self._cache_pages()
         finished = []
-        for (_, sequence), token_id in zip(plan.samples, token_ids, strict=True):
+        sampling = [chunk.sequence for chunk in plan.chunks if chunk.samples]
+        for sequence, token_id in zip(sampling, token_ids, strict=True):
             if sequence.status is SequenceStatus.FINISHED:
                 continue
             if token_id is None:
@@ -314,7 +315,10 @@ class Scheduler:
         line = sorted(self._running.values(), key=self._policy.order)
         for sequence in line.copy():
             if sequence in lengths and self._make_room(sequence, lengths[sequence], line, plan):
-                self._append_chunk(sequence, lengths[sequence], plan)
+                if sequence.is_decoding:
+                    self._append_decoding([sequence], plan)
+                else:
+                    self._append_prompt(sequence, lengths[sequence], plan)
 
     def _make_room(self, sequence: Sequence, length: int, line: list[Sequence], plan: StepPlan) -> bool:
         """Preempts from the line's end until a chunk can have its pages; False if its own sequence had to go."""
@@ -326,18 +330,22 @@ class Scheduler:
 
     def _append_decoding(self, sequences: list[Sequence], plan: StepPlan) -> None:
         """A chunk of one token for each, whose pages can be had: the scheduler spends most of its time here."""
-        page_size = self.page_size
+        page_size, chunks = self.page_size, plan.chunks
         for sequence in sequences:
             start = sequence.num_computed
             offset = start % page_size
             if offset == 0 or offset == page_size - 1 or sequence.may_share_part:
                 self._append_chunk(sequence, 1, plan)
                 continue
-            plan.chunks.append(Chunk(sequence, start, 1, True, True))
+            chunks.append(Chunk(sequence, start, 1, True, True))
             sequence.num_computed = start + 1
             sequence.num_in_flight += 1
             sequence.last_chunk_start = start
-        self._policy.on_computed(sequences)
+        self._policy.on_decoding(sequences)
+
+    def _append_prompt(self, sequence: Sequence, length: int, plan: StepPlan, place: int | None = None) -> None:
+        self._append_chunk(sequence, length, plan, place)
+        self._policy.on_prompt(sequence)
 
     def _append_chunk(self, sequence: Sequence, length: int, plan: StepPlan, place: int | None = None) -> None:
         """Plans the next `length` tokens of a sequence, behind the other chunks or at `place`."""
@@ -360,7 +368,6 @@ class Scheduler:
         sequence.num_computed += length
         sequence.num_in_flight += samples
         sequence.last_chunk_start = start
-        self._policy.on_computed([sequence])
         if length > 1 or sequence.num_computed % self.page_size == 0:
             self._filling.append(sequence)
 
@@ -394,7 +401,7 @@ class Scheduler:
             length = min(sequence.num_known_tokens - prefix.num_tokens, budget)
             self._waiting.pop()
             self._start(sequence, prefix, plan)
-            self._append_chunk(sequence, length, plan, place)
+            self._append_prompt(sequence, length, plan, place)
             unclaimed -= claim
             budget -= length
 
@@ -450,7 +457,9 @@ class Scheduler:
         sequence.slot = self._free_slots.pop()
         sequence.prefill_len = sequence.num_known_tokens  # the outputs too, after a preemption
         sequence.prefill_start = sequence.num_computed = prefix.num_tokens
-        sequence.num_charged = max(sequence.num_charged, prefix.num_tokens)  # what others computed is free
+        # What others computed is free, and what was decoded is paid for: all but the last token was computed.
+        num_decoded = sequence.num_known_tokens - 1 if sequence.output_token_ids else 0
+        sequence.num_charged = max(sequence.num_charged, prefix.num_tokens, num_decoded)
         sequence.parent = None
         self._running[sequence.sequence_id] = sequence
         self.prefix_cache.share(prefix.pages)
