@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from miniinfer_jax import LLM, SamplingParams
+from miniinfer_jax import LLM, RequestOutput, SamplingParams
 from miniinfer_jax.cli import run
 from miniinfer_jax.engine.page_allocator import PageAllocator
 from miniinfer_jax.engine.prefix_cache import PrefixCache
@@ -42,6 +42,11 @@ def make_prompts(num_requests: int, system_len: int, question_len: int) -> list[
     return [system + [generator.randrange(VOCAB_SIZE) for _ in range(question_len)] for _ in range(num_requests)]
 
 
+def seconds_to_first_token(output: RequestOutput) -> float:
+    assert output.metrics is not None and output.metrics.first_token_time is not None
+    return output.metrics.first_token_time - output.metrics.arrival_time
+
+
 def measure(llm: LLM, prompts: list[list[int]], num_tokens: int) -> dict[str, Any]:
     """Hands in all prompts at once, with an empty cache: seconds to the first token and over all, counts."""
     llm.reset_prefix_cache()
@@ -49,7 +54,7 @@ def measure(llm: LLM, prompts: list[list[int]], num_tokens: int) -> dict[str, An
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
     outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds, stats = time.perf_counter() - started_at, llm.engine.stats()
-    waits = sorted(one.metrics.first_token_time - one.metrics.arrival_time for one in outputs if one.metrics)
+    waits = sorted(map(seconds_to_first_token, outputs))
     return {
         "mean_seconds_to_first_token": mean(waits),
         "median_seconds_to_first_token": median(waits),

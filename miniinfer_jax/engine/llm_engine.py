@@ -44,7 +44,7 @@ class EngineStats:
     num_running: int
     num_waiting: int
     num_free_pages: int  # hold nothing
-    num_cached_pages: int  # hold what the prefix cache found again, and are as good as free ones
+    num_cached_pages: int  # hold what a prefix may be found in, and are as good as free ones
     num_pages: int
     num_preemptions: int
     num_prefix_queries: int  # tokens of the sequences that started
@@ -152,7 +152,7 @@ class LLMEngine:
         self._check_new_id(request_id)
         self.check_request(prompt_token_ids, params, cache_salt)
         check_scheduling(priority, tenant, expected_output_len)
-        token_ids = list(prompt_token_ids)  # the caller's list may change, and the cache goes by the tokens
+        token_ids = list(prompt_token_ids)  # the caller's list may change, and pages are found by the tokens
         first = self._make_sequence(0, token_ids, params, cache_salt)
         if params.prompt_logprobs is not None:
             first.num_unscored = first.prompt_len - 1
@@ -163,7 +163,7 @@ class LLMEngine:
         self._num_requests += 1
         continuations = [self._make_continuation(index, sequence) for index, sequence in enumerate((first, *others))]
         prompt_logprobs: PromptLogprobs | None = None if params.prompt_logprobs is None else [None]
-        self._queue(Request(request_id, prompt, token_ids, params, continuations, streams, prompt_logprobs))
+        self._queue(Request(request_id, prompt, prompt_token_ids, params, continuations, streams, prompt_logprobs))
 
     def fork(
         self, request_id: str, new_request_id: str, *, seed: int | None = None, streams: bool | None = None
@@ -183,7 +183,7 @@ class LLMEngine:
             )
         self._check_new_id(new_request_id)
         check_seed(seed)
-        seed = self._default_seed() if seed is None else seed
+        seed = self._default_seed() if seed is None else int(seed)
         self._num_requests += 1
         continuations = [
             continuation.fork(next(self._sequence_ids), (seed + continuation.index) & MAX_SEED)
@@ -383,15 +383,13 @@ class LLMEngine:
         assert scores is not None and num_top is not None and request.prompt_logprobs is not None
         logprobs, ids, ranks = map(np.asarray, jax.tree.leaves(scores))
         # Token at position p scores the one at p + 1, so entry p + 1 of the list is the next to come.
-        first = len(request.prompt_logprobs) - 1
-        for position in range(
-            max(first, chunk.start), min(chunk.start + chunk.length, len(request.prompt_token_ids) - 1)
-        ):
+        first, prompt_len = len(request.prompt_logprobs) - 1, chunk.sequence.prompt_len
+        for position in range(max(first, chunk.start), min(chunk.start + chunk.length, prompt_len - 1)):
             index = query_start + position - chunk.start
             request.prompt_logprobs.append(
                 position_logprobs(logprobs[index], ids[index], int(ranks[index]), num_top, self.tokenizer)
             )
-        chunk.sequence.num_unscored = len(request.prompt_token_ids) - len(request.prompt_logprobs)
+        chunk.sequence.num_unscored = prompt_len - len(request.prompt_logprobs)
 
     def _close(self, request: Request) -> RequestOutput:
         """Forgets a finished request and gives its last output."""
