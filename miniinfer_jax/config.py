@@ -153,8 +153,13 @@ class EngineConfig:
         )
         is_seed = isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < 2**32
         _require(is_seed, f"seed is {self.seed!r}; it must be an integer in [0, 2**32)")
+        _require(
+            isinstance(self.policy_options, Mapping),
+            f"policy_options is {self.policy_options!r}; give options by name, for example {{'ageing': 0.01}}",
+        )
         if self.target_itl_ms is not None:
-            is_time = isinstance(self.target_itl_ms, int | float) and 0 < self.target_itl_ms < math.inf
+            is_number = isinstance(self.target_itl_ms, int | float) and not isinstance(self.target_itl_ms, bool)
+            is_time = is_number and 0 < self.target_itl_ms < math.inf
             _require(is_time, f"target_itl_ms is {self.target_itl_ms!r}; it must be a positive number of milliseconds")
             _require(
                 not self.deterministic,

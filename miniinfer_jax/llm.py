@@ -110,7 +110,7 @@ class LLM:
             attention_backend=attention_backend,
             enable_prefix_caching=enable_prefix_caching,
             scheduling_policy=scheduling_policy,
-            policy_options=dict(policy_options or {}),
+            policy_options={} if policy_options is None else policy_options,
             target_itl_ms=target_itl_ms,
         )
         make_policy(scheduling_policy, policy_options)  # the engine makes its own; a wrong one is said before loading

@@ -52,7 +52,7 @@ class Sequence:
     num_unscored: int = 0  # tokens at the prompt's end whose log-probabilities are wanted and not yet read
     num_preemptions: int = 0
     arrival: int = 0  # tokens that the scheduler had planned before it came
-    num_charged: int = 0  # tokens that a policy has counted as served; counts up, also over preemptions
+    num_charged: int = 0  # tokens that a policy has counted as served before it decoded, also before a preemption
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     stop_token_ids: tuple[int, ...] = field(init=False)  # all that end it, and that min_tokens holds back

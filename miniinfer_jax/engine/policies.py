@@ -7,7 +7,7 @@ decision. Service is counted once a token: what a preemption has computed anew c
 
 import inspect
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -46,8 +46,11 @@ class Policy:
     def on_group_joined(self, group: str, ahead: str | None) -> None:
         """A group begins to wait. ahead: the group that is first by now, or if nobody waits, was the last to start."""
 
-    def on_computed(self, sequences: list[Sequence]) -> None:
-        """The step that is being planned computes these up to their num_computed."""
+    def on_prompt(self, sequence: Sequence) -> None:
+        """The step that is being planned computes a sequence that does not decode yet up to its num_computed."""
+
+    def on_decoding(self, sequences: list[Sequence]) -> None:
+        """The step that is being planned computes one more token of each of these."""
 
 
 class ShortestJobFirst(Policy):
@@ -128,12 +131,12 @@ class Fair(Policy):
                 self.counters = defaultdict(float, kept)
                 self._most_counters = max(1024, 2 * len(kept))
 
-    def on_computed(self, sequences: list[Sequence]) -> None:
-        service: defaultdict[str, int] = defaultdict(int)
-        for sequence, cost in zip(sequences, _charge(sequences), strict=True):
-            service[sequence.tenant] += cost
-        for tenant, cost in service.items():
-            self.counters[tenant] += cost / self.weights.get(tenant, 1.0)
+    def on_prompt(self, sequence: Sequence) -> None:
+        self.counters[sequence.tenant] += _charge(sequence) / self.weights.get(sequence.tenant, 1.0)
+
+    def on_decoding(self, sequences: list[Sequence]) -> None:
+        for tenant, num_tokens in Counter([sequence.tenant for sequence in sequences]).items():
+            self.counters[tenant] += OUTPUT_TOKEN_COST * num_tokens / self.weights.get(tenant, 1.0)
 
 
 class MultiQueue(Policy):
@@ -150,7 +153,7 @@ class MultiQueue(Policy):
         self.quantum = _positive("quantum", quantum, int)
         self.num_levels = _positive("num_levels", num_levels, int)
         self.boost_interval = _positive("boost_interval", boost_interval, int)
-        self._served: dict[int, int] = {}  # by sequence id, since the last boost
+        self._served: defaultdict[int, int] = defaultdict(int)  # by sequence id, since the last boost
         self._total_served = 0
 
     def level(self, sequence: Sequence) -> int:
@@ -172,12 +175,18 @@ class MultiQueue(Policy):
             if served.get(sequence.sequence_id, 0) >= used_up and sequence.num_computed >= sequence.prefill_len
         ]
 
-    def on_computed(self, sequences: list[Sequence]) -> None:
-        served = self._served
-        costs = _charge(sequences)
-        for sequence, cost in zip(sequences, costs, strict=True):
-            served[sequence.sequence_id] = served.get(sequence.sequence_id, 0) + cost
-        self._total_served += sum(costs)
+    def on_prompt(self, sequence: Sequence) -> None:
+        cost = _charge(sequence)
+        self._served[sequence.sequence_id] += cost
+        self._count(cost)
+
+    def on_decoding(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            self._served[sequence.sequence_id] += OUTPUT_TOKEN_COST
+        self._count(OUTPUT_TOKEN_COST * len(sequences))
+
+    def _count(self, cost: int) -> None:
+        self._total_served += cost
         if self._total_served >= self.boost_interval:
             self.num_reorders += 1
             self._served.clear()
@@ -206,20 +215,14 @@ def make_policy(name: str, options: Mapping[str, Any] | None = None) -> Policy:
     return POLICIES[name](**(options or {}))
 
 
-def _charge(sequences: list[Sequence]) -> list[int]:
-    """What the tokens of each cost that are computed for the first time; from now on they are paid for."""
-    costs = []
-    for sequence in sequences:
-        charged, computed = sequence.num_charged, sequence.num_computed
-        cost = 0
-        if computed > charged:
-            sequence.num_charged = computed
-            cost = OUTPUT_TOKEN_COST * (computed - charged)
-            if charged < sequence.prefill_len:  # some may be of the prompt
-                num_prompt = max(0, min(sequence.prompt_len, computed) - charged)
-                cost += (PROMPT_TOKEN_COST - OUTPUT_TOKEN_COST) * num_prompt
-        costs.append(cost)
-    return costs
+def _charge(sequence: Sequence) -> int:
+    """What those tokens of a prefill cost that are computed for the first time; from now on they are paid for."""
+    start, end = sequence.num_charged, sequence.num_computed
+    if end <= start:
+        return 0
+    sequence.num_charged = end
+    num_prompt = max(0, min(sequence.prompt_len, end) - start)
+    return PROMPT_TOKEN_COST * num_prompt + OUTPUT_TOKEN_COST * (end - start - num_prompt)
 
 
 def _positive(name: str, value: Any, kind: Any = int | float) -> Any:

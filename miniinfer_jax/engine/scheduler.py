@@ -65,13 +65,13 @@ class Scheduler(Lifecycle):
         plan = StepPlan()
         self.pages.cache_filled()
         self.prefix_cache.begin_plan()
-        newcomer = self._give_way(plan) if self._policy.preempts else None
+        newcomer, num_reserved = self._give_way(plan) if self._policy.preempts else (None, 0)
         num_gave_way = len(plan.preempted)
-        decoding, prompts, budget = self._share_budget(newcomer)
+        decoding, prompts, budget = self._share_budget(newcomer, num_reserved)
         if self._has_pages_for(decoding, prompts, plan):
             self._append_decoding(decoding, plan)
             for sequence, length in prompts:
-                self._append_chunk(sequence, length, plan)
+                self._append_prompt(sequence, length, plan)
         else:
             self._share_pages({**dict.fromkeys(decoding, 1), **dict(prompts)}, plan)
         if len(plan.preempted) == num_gave_way:  # a step that ran out of pages has none for newcomers
@@ -104,7 +104,8 @@ class Scheduler(Lifecycle):
         """
         self.pages.cache_filled()
         finished = []
-        for (_, sequence), token_id in zip(plan.samples, token_ids, strict=True):
+        sampling = [chunk.sequence for chunk in plan.chunks if chunk.samples]
+        for sequence, token_id in zip(sampling, token_ids, strict=True):
             if sequence.status is SequenceStatus.FINISHED:
                 continue
             if token_id is None:
@@ -130,25 +131,27 @@ class Scheduler(Lifecycle):
                 sequence.num_computed = 0  # nothing to take into the cache
                 self._preempt(sequence, plan)
 
-    def _give_way(self, plan: StepPlan) -> Sequence | None:
-        """Preempts what the first waiting sequence outranks, as much as it needs to start; that sequence, if it can.
+    def _give_way(self, plan: StepPlan) -> tuple[Sequence | None, int]:
+        """Preempts what the first waiting sequence outranks, as much as it needs to start.
 
+        Gives that sequence and how many tokens it has to compute, or None if it has nobody behind it or cannot start.
         Nothing is preempted in vain: not for a sequence that would have to wait all the same.
         """
         sequence = self._waiting.first()
         if sequence is None or sequence.num_in_flight > 0:
-            return None
+            return None, 0
         behind = self._policy.outranked(sequence, self._running.values())
         if not behind:
-            return None
+            return None, 0
         num_slots, num_pages = len(self._free_slots), self.pages.num_unclaimed(sequence, self._running.values(), plan)
-        num_pages -= self.pages.find_prefix(sequence, plan, False, num_pages)[1]
+        prefix, claim = self.pages.find_prefix(sequence, plan, False, num_pages)
+        num_pages -= claim
         num_decoding = sum(running.is_decoding for running in self._running.values())
         num_tokens = self.max_num_batched_tokens - num_decoding
         victims = []
         while num_slots == 0 or num_tokens == 0 or num_pages < 0:
             if not behind:
-                return None
+                return None, 0
             victims.append(max(behind, key=self._policy.order))
             behind.remove(victims[-1])
             num_slots += 1
@@ -157,14 +160,16 @@ class Scheduler(Lifecycle):
             num_pages += sum(self.allocator.num_references(page) == 1 for page in victims[-1].pages)
         for victim in victims:
             self._preempt(victim, plan)
-        return sequence
+        return sequence, sequence.num_known_tokens - prefix.num_tokens
 
-    def _share_budget(self, newcomer: Sequence | None) -> tuple[list[Sequence], list[tuple[Sequence, int]], int]:
+    def _share_budget(
+        self, newcomer: Sequence | None, num_reserved: int
+    ) -> tuple[list[Sequence], list[tuple[Sequence, int]], int]:
         """Who decodes, which prompts go on with how many tokens each, and how many tokens of the step are left.
 
         Each decoding sequence gets its token, so that a long prompt stops nobody's stream. There is enough for all:
         each needed a token of the budget, beside the others', to start decoding. Prompts share the rest, first by
-        policy first; those that `newcomer` outranks leave it what it needs.
+        policy first; those that `newcomer` outranks leave it `num_reserved` of them.
         """
         decoding, unfilled = [], []
         for sequence in self._running.values():
@@ -177,8 +182,8 @@ class Scheduler(Lifecycle):
         budget, shares = num_tokens - len(decoding), []
         for sequence in sorted(unfilled, key=self._policy.order):
             length = min(sequence.prefill_len - sequence.num_computed, budget)
-            if newcomer and sequence in outranked:
-                length = min(length, budget - newcomer.num_known_tokens)
+            if sequence in outranked:
+                length = min(length, budget - num_reserved)
             if length > 0:
                 budget -= length
                 shares.append((sequence, length))
@@ -201,7 +206,10 @@ class Scheduler(Lifecycle):
         line = sorted(self._running.values(), key=self._policy.order)
         for sequence in line.copy():
             if sequence in lengths and self._make_room(sequence, lengths[sequence], line, plan):
-                self._append_chunk(sequence, lengths[sequence], plan)
+                if sequence.is_decoding:
+                    self._append_decoding([sequence], plan)
+                else:
+                    self._append_prompt(sequence, lengths[sequence], plan)
 
     def _make_room(self, sequence: Sequence, length: int, line: list[Sequence], plan: StepPlan) -> bool:
         """Preempts from the line's end until a chunk can have its pages; False if its own sequence had to go."""
@@ -213,18 +221,22 @@ class Scheduler(Lifecycle):
 
     def _append_decoding(self, sequences: list[Sequence], plan: StepPlan) -> None:
         """A chunk of one token for each, whose pages can be had: the scheduler spends most of its time here."""
-        page_size = self.page_size
+        page_size, chunks = self.page_size, plan.chunks
         for sequence in sequences:
             start = sequence.num_computed
             offset = start % page_size
             if offset == 0 or offset == page_size - 1 or sequence.may_share_part:
                 self._append_chunk(sequence, 1, plan)
                 continue
-            plan.chunks.append(Chunk(sequence, start, 1, True, True))
+            chunks.append(Chunk(sequence, start, 1, True, True))
             sequence.num_computed = start + 1
             sequence.num_in_flight += 1
             sequence.last_chunk_start = start
-        self._policy.on_computed(sequences)
+        self._policy.on_decoding(sequences)
+
+    def _append_prompt(self, sequence: Sequence, length: int, plan: StepPlan, place: int | None = None) -> None:
+        self._append_chunk(sequence, length, plan, place)
+        self._policy.on_prompt(sequence)
 
     def _append_chunk(self, sequence: Sequence, length: int, plan: StepPlan, place: int | None = None) -> None:
         """Plans the next `length` tokens of a sequence, behind the other chunks or at `place`."""
@@ -239,7 +251,6 @@ class Scheduler(Lifecycle):
         sequence.num_computed += length
         sequence.num_in_flight += samples
         sequence.last_chunk_start = start
-        self._policy.on_computed([sequence])
         self.pages.note_computed(sequence, length)
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
@@ -261,7 +272,7 @@ class Scheduler(Lifecycle):
             length = min(sequence.num_known_tokens - prefix.num_tokens, budget)
             self._waiting.pop()
             self._start(sequence, prefix, plan)
-            self._append_chunk(sequence, length, plan, place)
+            self._append_prompt(sequence, length, plan, place)
             unclaimed -= claim
             budget -= length
 
@@ -269,7 +280,9 @@ class Scheduler(Lifecycle):
         """Gives a waiting sequence a slot, and the pages of its prefix."""
         self._take_slot(sequence)
         sequence.prefill_start = sequence.num_computed = prefix.num_tokens
-        sequence.num_charged = max(sequence.num_charged, prefix.num_tokens)  # what others computed is free
+        # What others computed is free, and what was decoded is paid for: all but the last token was computed.
+        num_decoded = sequence.num_known_tokens - 1 if sequence.output_token_ids else 0
+        sequence.num_charged = max(sequence.num_charged, prefix.num_tokens, num_decoded)
         self.pages.take_prefix(sequence, prefix, plan)
         if sequence.num_preemptions == 0:
             sequence.num_cached_tokens = min(prefix.num_tokens, sequence.prompt_len)

@@ -127,6 +127,8 @@ def test_what_no_policy_can_read_is_refused(llm, scheduling, words):
         ({"scheduling_policy": "lifo"}, "'lifo' is not known; known: fcfs, sjf, priority, fair, multi_queue"),
         ({"scheduling_policy": "fair", "policy_options": {"weights": {"a": -1}}}, "weight of tenant 'a' is -1"),
         ({"policy_options": {"weights": {"a": 1}}}, "'fcfs' has no option 'weights'"),
+        ({"policy_options": ["weights"]}, "policy_options is \\['weights'\\]; give options by name"),
+        ({"target_itl_ms": True}, "target_itl_ms is True"),
         ({"target_itl_ms": 0}, "target_itl_ms is 0; it must be a positive number"),
         ({"target_itl_ms": "20"}, "target_itl_ms is '20'"),
         ({"target_itl_ms": 20, "deterministic": True}, "drop one of the two"),

@@ -17,7 +17,7 @@ def make_sequence(sequence_id: int, tenant: str = "") -> Sequence:
 
 def charge(policy: Policy, sequence: Sequence, num_tokens: int) -> None:
     sequence.num_computed = sequence.num_charged + num_tokens
-    policy.on_computed([sequence])
+    policy.on_prompt(sequence)
 
 
 ACTIONS = st.lists(
