@@ -219,7 +219,9 @@ class BatchRun:
             request = parse_line(line.decode("utf-8"), {**self._defaults, "seed": seed})
             custom_id, url = request.custom_id, request.url
             token_ids = prompt_token_ids(self._llm, request)
-            self._engine.add_request(request_id, token_ids, request.params, request.prompt, streams=False)
+            self._engine.add_request(
+                request_id, token_ids, request.params, request.prompt, cache_salt=request.cache_salt, streams=False
+            )
         except ValueError as error:
             if isinstance(error, BatchLineError):
                 custom_id, url = error.custom_id, error.url

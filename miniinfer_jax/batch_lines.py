@@ -3,7 +3,7 @@
 Two forms of line are read, and answered in kind:
 
 - MiniInfer's: {"prompt": text} or {"prompt_token_ids": [...]} or {"messages": [...]}, beside it the sampling
-  parameters by name, and a "custom_id" if wanted.
+  parameters by name, and a "custom_id" and a "cache_salt" if wanted.
 - OpenAI's batch form: {"custom_id", "method": "POST", "url": "/v1/completions" or "/v1/chat/completions", "body"}.
 """
 
@@ -51,6 +51,7 @@ class BatchRequest:
     prompt: str | None = None
     prompt_token_ids: list[int] | None = None
     messages: list[dict[str, Any]] | None = None
+    cache_salt: str | None = None
     custom_id: str | None = None
     url: str | None = None
 
@@ -85,8 +86,9 @@ def _from_own(
     if len(prompts) != 1:
         raise ValueError(f"a request has one of {', '.join(PROMPT_KEYS)}; found {', '.join(prompts) or 'none'}")
     _check_prompt(*next(iter(prompts.items())))
+    cache_salt = values.pop("cache_salt", None)
     params = SamplingParams.from_dict({**defaults, **values})
-    return BatchRequest(params=params, custom_id=custom_id, url=url, **prompts)
+    return BatchRequest(params=params, cache_salt=cache_salt, custom_id=custom_id, url=url, **prompts)
 
 
 def _check_prompt(key: str, value: Any) -> None:

@@ -167,7 +167,7 @@ class LLMEngine(StateCalls):
         """
         self._check_new_id(request_id)
         self.check_request(prompt_token_ids, params, cache_salt)
-        token_ids = list(prompt_token_ids)  # the caller's list may change, and the cache goes by the tokens
+        token_ids = list(prompt_token_ids)  # the caller's list may change, and pages are found by the tokens
         first = self._make_sequence(0, token_ids, params, cache_salt)
         if params.prompt_logprobs is not None:
             first.num_unscored = first.prompt_len - 1
@@ -175,7 +175,7 @@ class LLMEngine(StateCalls):
         self._num_requests += 1
         continuations = [self._make_continuation(index, sequence) for index, sequence in enumerate((first, *others))]
         prompt_logprobs: PromptLogprobs | None = None if params.prompt_logprobs is None else [None]
-        request = Request(request_id, prompt, token_ids, params, continuations, streams, prompt_logprobs)
+        request = Request(request_id, prompt, prompt_token_ids, params, continuations, streams, prompt_logprobs)
         self._queue(request)
         self._tell(add_record, request)
 
@@ -199,7 +199,7 @@ class LLMEngine(StateCalls):
         check_seed(seed)
         ids = {"request_id": request_id, "new_request_id": new_request_id}
         self._tell(call_record, "fork", **ids, seed=seed, streams=streams)
-        seed = self._default_seed() if seed is None else seed
+        seed = self._default_seed() if seed is None else int(seed)
         self._num_requests += 1
         continuations = [
             continuation.fork(next(self._sequence_ids), (seed + continuation.index) & MAX_SEED)

@@ -53,7 +53,7 @@ class StateCalls:
             self._scheduler.rewind(sequence, num_tokens)
             continuation.forget(num_tokens)
             if seed is not None:
-                sequence.seed = (seed + continuation.index) & MAX_SEED
+                sequence.seed = (int(seed) + continuation.index) & MAX_SEED
         return request.output()
 
     @property

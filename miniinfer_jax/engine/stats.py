@@ -10,7 +10,7 @@ class EngineStats:
     num_running: int
     num_waiting: int
     num_free_pages: int  # hold nothing
-    num_cached_pages: int  # hold what the prefix cache found again, and are as good as free ones
+    num_cached_pages: int  # hold what a prefix may be found in, and are as good as free ones
     num_pages: int
     num_preemptions: int
     num_memory_failures: int  # times that the device ran out of memory, and the engine went on with less

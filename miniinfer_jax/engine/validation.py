@@ -1,6 +1,7 @@
 """What a request must satisfy on this engine, checked before it is queued and before any device work."""
 
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 from miniinfer_jax.batch import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, MAX_LOGPROBS
@@ -36,7 +37,9 @@ def check_cache_salt(cache_salt: Any) -> None:
 
 def check_seed(seed: Any) -> None:
     """Raises RequestError for a seed that the device cannot hold."""
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED):
+    if seed is not None and (
+        not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= int(seed) <= MAX_SEED
+    ):
         raise RequestError(f"seed is {seed!r}; it must be None or an integer in [0, {MAX_SEED}]")
 
 

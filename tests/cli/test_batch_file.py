@@ -40,6 +40,18 @@ def test_line_numbers_remember_what_came_out_of_order():
     assert [number in numbers for number in range(1, 7)] == [True, True, True, False, True, False]
 
 
+def test_salts_of_lines(llm, paths):
+    """The same prompt three times; the third finds the pages of the first, and a salt that is no text is refused."""
+    input, output = paths
+    requests = [{"prompt": "abc" * 20, "cache_salt": salt} for salt in ("a", "b", "a", 5)]
+    llm.reset_prefix_cache()
+    before = llm.engine.stats().num_prefix_hits
+    summary = run(llm, write_lines(input, requests), output, window=1)
+    assert llm.engine.stats().num_prefix_hits - before == 48  # the full pages of 60 tokens
+    assert (summary.num_finished, summary.num_failed) == (3, 1)
+    assert "cache_salt is 5" in read_lines(output)[4]["error"]["message"]
+
+
 def test_good_and_bad_lines_of_every_form(llm, paths):
     requests = [
         {"prompt": "abc", "max_tokens": 8, "custom_id": "first"},

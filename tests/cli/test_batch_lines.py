@@ -25,6 +25,12 @@ def test_own_form_takes_each_kind_of_prompt():
     assert parse_line(json.dumps({"messages": messages}), {}).messages == messages
 
 
+def test_a_salt_rides_beside_the_prompt():
+    assert parse_line('{"prompt": "hi", "cache_salt": "tenant"}', {}).cache_salt == "tenant"
+    assert parse_line(openai_line(COMPLETIONS_URL, {"prompt": "hi", "cache_salt": "t"}), {}).cache_salt == "t"
+    assert parse_line('{"prompt": "hi"}', {}).cache_salt is None
+
+
 def test_a_line_goes_before_the_defaults():
     request = parse_line('{"prompt": "hi", "top_p": 0.5}', {"top_p": 0.9, "max_tokens": 7})
     assert (request.params.top_p, request.params.max_tokens) == (0.5, 7)

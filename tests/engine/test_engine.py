@@ -162,9 +162,16 @@ def test_nothing_compiles_after_the_start(folder):
             prompts = make_prompts(size, seed=size)
             outputs = llm.generate(prompts, [mixed[i % 5] for i in range(size)], use_tqdm=False)
             assert all(output.finished and output.error is None for output in outputs)
+            llm.generate(prompts[0], GREEDY, use_tqdm=False)  # a hit, mostly inside a page
         llm.score(make_prompts(3), use_tqdm=False)
         next(llm.stream(make_prompts(3), GREEDY))
-    assert llm.engine.stats().num_preemptions > 0
+        llm.engine.add_request("parent", make_prompts(1)[0], GREEDY)
+        for _ in range(4):
+            llm.engine.step()
+        llm.fork("parent", "child")
+        while llm.engine.has_unfinished_requests():
+            llm.engine.step()
+    assert llm.engine.stats().num_preemptions > 0 and llm.engine.stats().num_prefix_hits > 0
     assert counter.count == 0
 
 
