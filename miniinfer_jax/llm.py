@@ -51,6 +51,7 @@ class LLM:
     load_format "dummy" makes random weights from config.json alone.
     deterministic: a request's tokens and log-probabilities are bitwise the same whatever runs beside it.
     enable_prefix_caching: a prompt that begins like one before it is computed from where they differ.
+    kv_offload_bytes: of host memory, for evicted pages to come back from instead of being computed anew.
     logits_processors: pure functions (logits [B, V], SamplingInputs) -> logits, traced into the step.
     record: a new file for a log of all that happens, which `miniinfer replay` runs again.
     Raises ValueError (ConfigError, CheckpointError, ...) for what it cannot load or run.
@@ -74,6 +75,7 @@ class LLM:
         deterministic: bool = False,
         attention_backend: str = "auto",
         enable_prefix_caching: bool = True,
+        kv_offload_bytes: int = 0,
         logits_processors: Sequence[Any] = (),
         record: str | os.PathLike[str] | None = None,
         use_tqdm: bool = True,
@@ -97,6 +99,7 @@ class LLM:
             deterministic=deterministic,
             attention_backend=attention_backend,
             enable_prefix_caching=enable_prefix_caching,
+            kv_offload_bytes=kv_offload_bytes,
         )
         enable_compile_cache()
         self.tokenizer = None if skip_tokenizer_init else load_tokenizer(folder)

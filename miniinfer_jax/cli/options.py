@@ -89,6 +89,7 @@ class EngineOptions:
         bool | None,
         _flag("--enable-prefix-caching/--no-enable-prefix-caching", help="Compute what prompts share once."),
     ] = None
+    kv_offload_bytes: Annotated[int, _flag(help="Of host memory, for evicted pages to come back from.")] = 0
 
     def open_llm(self, **defaults: Any) -> "LLM":
         """The LLM of these options; imports JAX only now. `defaults` stand for options left at None."""

@@ -5,11 +5,12 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from miniinfer_jax.engine.host_pages import HostPages
 from miniinfer_jax.engine.inheritance import inherited_prefix, place_behind_parent
 from miniinfer_jax.engine.page_allocator import PageAllocator
 from miniinfer_jax.engine.policies import POLICIES
 from miniinfer_jax.engine.prefix_cache import Prefix, PrefixCache
-from miniinfer_jax.sequence import Chunk, NewPage, PageCopy, Sequence, SequenceStatus, StepPlan
+from miniinfer_jax.sequence import Chunk, HostCopy, NewPage, PageCopy, Sequence, SequenceStatus, StepPlan
 
 
 class Scheduler:
@@ -40,11 +41,13 @@ class Scheduler:
         max_pages_per_sequence: int,
         policy: str = "fcfs",
         enable_prefix_caching: bool = False,
+        num_host_pages: int = 0,
     ) -> None:
         if policy not in POLICIES:
             raise ValueError(f"scheduling policy {policy!r} is not known; known: {', '.join(POLICIES)}")
         self.allocator = allocator
-        self.prefix_cache = PrefixCache(allocator, page_size, enabled=enable_prefix_caching)
+        host_pages = HostPages(num_host_pages)
+        self.prefix_cache = PrefixCache(allocator, page_size, enabled=enable_prefix_caching, host_pages=host_pages)
         self.page_size = page_size
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -132,6 +135,7 @@ class Scheduler:
                 self._append_chunk(sequence, length, plan)
         if not plan.preempted:  # a step that ran out of pages has none for newcomers
             self._admit(plan)
+        plan.offloads = self.prefix_cache.take_offloads()
         if plan.copies:
             self.prefix_cache.release([copy.source for copy in plan.copies])  # the next plan may overwrite them
         return plan
@@ -160,7 +164,8 @@ class Scheduler:
 
     def discard(self, plan: StepPlan) -> None:
         """Takes back the last plan, which did not reach the device: its sequences are computed anew, and what it would
-        have filled is not cached."""
+        have filled, here or in host memory, is not cached."""
+        self.prefix_cache.host_pages.drop_fresh()
         for sequence, samples in [(chunk.sequence, chunk.samples) for chunk in plan.chunks]:
             if sequence.status is SequenceStatus.RUNNING:
                 self.prefix_cache.forget(sequence)
@@ -173,6 +178,7 @@ class Scheduler:
         if self._running:
             return False
         self.prefix_cache.clear()
+        self.prefix_cache.host_pages.clear()
         return True
 
     def finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
@@ -405,6 +411,11 @@ class Scheduler:
         sequence.prefill_start = sequence.num_computed = prefix.num_tokens
         self.prefix_cache.share(prefix.pages)
         sequence.pages = list(prefix.pages)
+        for place in prefix.host_places:
+            [page] = self.prefix_cache.allocate(1)
+            plan.loads.append(HostCopy(page, place))
+            sequence.pages.append(page)
+        self.prefix_cache.host_pages.num_loads += len(prefix.host_places)
         if prefix.part_page is not None:
             self.prefix_cache.share([prefix.part_page])
             sequence.pages.append(self._copy_page(prefix.part_page, plan))

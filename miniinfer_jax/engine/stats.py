@@ -17,6 +17,8 @@ class EngineStats:
     num_prefix_queries: int  # tokens of the sequences that started
     num_prefix_hits: int  # those of them that were in pages already
     num_evictions: int  # cached pages given away
+    num_offloaded_pages: int  # in host memory
+    num_page_loads: int  # times that a page came back from there
     num_steps: int
     num_prompt_tokens: int
     num_generated_tokens: int
