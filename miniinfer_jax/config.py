@@ -132,6 +132,7 @@ class EngineConfig:
     scheduling_policy: str = "fcfs"
     policy_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     target_itl_ms: float | None = None
+    kv_offload_bytes: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size", "num_pages"):
@@ -139,6 +140,16 @@ class EngineConfig:
             optional = name in ("max_model_len", "num_pages") and value is None
             is_size = isinstance(value, int) and not isinstance(value, bool) and value > 0
             _require(optional or is_size, f"{name} is {value!r}; it must be a positive integer")
+        is_count = isinstance(self.kv_offload_bytes, int) and not isinstance(self.kv_offload_bytes, bool)
+        _require(
+            is_count and self.kv_offload_bytes >= 0,
+            f"kv_offload_bytes is {self.kv_offload_bytes!r}; it must be an integer, 0 or more",
+        )
+        _require(
+            self.kv_offload_bytes == 0 or self.enable_prefix_caching,
+            f"kv_offload_bytes is {self.kv_offload_bytes}, and pages are found again by the prefix cache alone: "
+            "set enable_prefix_caching=True, or kv_offload_bytes=0",
+        )
         _require(
             isinstance(self.enable_prefix_caching, bool),
             f"enable_prefix_caching is {self.enable_prefix_caching!r}; it must be True or False",

@@ -58,6 +58,16 @@ def put_pages(cache: KVCache, page_ids: jax.Array, pages: tuple[jax.Array, ...])
     return KVCache(layers=tuple(layer.at[page_ids].set(values, mode="drop") for layer, values in layers))
 
 
+def take_page(cache: KVCache, page_id: jax.Array) -> jax.Array:
+    """One whole page of all layers: [L, S, K, 2, H]."""
+    return jnp.stack([layer[page_id] for layer in cache.layers])
+
+
+def put_page(cache: KVCache, page_id: jax.Array, page: jax.Array) -> KVCache:
+    """The cache with one page of all layers replaced; a page past the end is dropped."""
+    return KVCache(layers=tuple(layer.at[page_id].set(page[i], mode="drop") for i, layer in enumerate(cache.layers)))
+
+
 def copy_pages(pages: jax.Array, sources: jax.Array, targets: jax.Array) -> jax.Array:
     """A layer's pages with what sources [n] held at targets [n]; a target past the end is dropped (padding)."""
     held = pages.at[sources].get(mode="promise_in_bounds")

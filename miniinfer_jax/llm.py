@@ -52,6 +52,7 @@ class LLM:
     load_format "dummy" makes random weights from config.json alone.
     deterministic: a request's tokens and log-probabilities are bitwise the same whatever runs beside it.
     enable_prefix_caching: a prompt that begins like one before it is computed from where they differ.
+    kv_offload_bytes: of host memory, for evicted pages to come back from instead of being computed anew.
     logits_processors: pure functions (logits [B, V], SamplingInputs) -> logits, traced into the step.
     scheduling_policy: who is served first, one of `engine.policies.POLICIES`, with `policy_options` of its own, such as
     the weights of tenants. target_itl_ms: prompts are computed in parts so small that a request gets a token about
@@ -81,6 +82,7 @@ class LLM:
         scheduling_policy: str = "fcfs",
         policy_options: Mapping[str, Any] | None = None,
         target_itl_ms: float | None = None,
+        kv_offload_bytes: int = 0,
         logits_processors: Sequence[Any] = (),
         record: str | os.PathLike[str] | None = None,
         use_tqdm: bool = True,
@@ -112,6 +114,7 @@ class LLM:
             scheduling_policy=scheduling_policy,
             policy_options={} if policy_options is None else policy_options,
             target_itl_ms=target_itl_ms,
+            kv_offload_bytes=kv_offload_bytes,
         )
         make_policy(scheduling_policy, policy_options)  # the engine makes its own; a wrong one is said before loading
         enable_compile_cache()

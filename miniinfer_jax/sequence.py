@@ -165,11 +165,20 @@ class PageCopy:
     target: int
 
 
+@dataclass(frozen=True)
+class HostCopy:
+    """Page `page` of the pool goes to, or comes from, place `place` in host memory."""
+
+    page: int
+    place: int
+
+
 @dataclass
 class StepPlan:
     """What one step computes. Empty chunks: nothing to do.
 
-    Before the step, pages are copied, and shared_pages, which hold tokens already, enter the page tables; new_pages
+    Before the step, in this order, evicted pages go to host memory, pages come back from where they were in host memory
+    before that, pages are copied, and shared_pages, which hold tokens already, enter the page tables; new_pages
     enter them with the step.
     """
 
@@ -177,6 +186,8 @@ class StepPlan:
     new_pages: list[NewPage] = field(default_factory=list)
     shared_pages: list[NewPage] = field(default_factory=list)
     copies: list[PageCopy] = field(default_factory=list)
+    offloads: list[HostCopy] = field(default_factory=list)
+    loads: list[HostCopy] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
 
     @property

@@ -91,6 +91,7 @@ class EngineOptions:
     ] = None
     scheduling_policy: Annotated[str, _flag(help="fcfs, sjf, priority, fair or multi_queue.")] = "fcfs"
     target_itl_ms: Annotated[float | None, _flag(help="Milliseconds from token to token to aim for.")] = None
+    kv_offload_bytes: Annotated[int, _flag(help="Of host memory, for evicted pages to come back from.")] = 0
 
     def open_llm(self, **defaults: Any) -> "LLM":
         """The LLM of these options; imports JAX only now. `defaults` stand for options left at None."""

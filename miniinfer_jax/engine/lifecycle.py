@@ -103,6 +103,7 @@ class Lifecycle:
         if self._running:
             return False
         self.prefix_cache.clear()
+        self.prefix_cache.host_pages.clear()
         return True
 
     def finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:

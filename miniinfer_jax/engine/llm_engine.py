@@ -26,7 +26,7 @@ from miniinfer_jax.engine.replay import (
 from miniinfer_jax.engine.request import Continuation, Request
 from miniinfer_jax.engine.runner import StepInFlight
 from miniinfer_jax.engine.scheduler import Scheduler
-from miniinfer_jax.engine.start import make_runner
+from miniinfer_jax.engine.start import make_runner, num_host_pages
 from miniinfer_jax.engine.state_calls import StateCalls
 from miniinfer_jax.engine.stats import EngineStats
 from miniinfer_jax.engine.step_budget import StepBudget
@@ -86,6 +86,7 @@ class LLMEngine(StateCalls):
             enable_prefix_caching=engine_config.enable_prefix_caching,
             policy=policy,
             step_budget=StepBudget(self._runner.step_sizes, target),
+            num_host_pages=num_host_pages(engine_config, self._runner),
         )
         self._measures_steps, self._last_read = target is not None, 0.0
         self._open = OpenRequests(self._scheduler, tokenizer)
@@ -310,6 +311,8 @@ class LLMEngine(StateCalls):
             num_prefix_queries=scheduler.num_prefix_queries,
             num_prefix_hits=scheduler.num_prefix_hits,
             num_evictions=scheduler.prefix_cache.num_evictions,
+            num_offloaded_pages=len(scheduler.prefix_cache.host_pages),
+            num_page_loads=scheduler.prefix_cache.host_pages.num_loads,
             num_steps=self._num_steps,
             num_prompt_tokens=self._open.num_prompt_tokens,
             num_generated_tokens=self._open.num_generated_tokens,

@@ -7,8 +7,9 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from miniinfer_jax.engine.host_pages import HostPages
 from miniinfer_jax.engine.page_allocator import PageAllocator
-from miniinfer_jax.sequence import Sequence
+from miniinfer_jax.sequence import HostCopy, Sequence
 
 
 @dataclass(frozen=True)
@@ -16,12 +17,13 @@ class Prefix:
     """The first num_tokens tokens of a sequence, where they are in pages already.
 
     `pages` are shared as they are; if they hold less than num_tokens, the rest stands at the start of `part_page`,
-    of which a copy is needed.
+    of which a copy is needed, or in host memory: a whole page at each of `host_places`.
     """
 
     pages: list[int]
     num_tokens: int
     part_page: int | None = None
+    host_places: tuple[int, ...] = ()
 
     def without_part(self, page_size: int) -> "Prefix":
         return Prefix(self.pages, len(self.pages) * page_size)
@@ -70,8 +72,12 @@ class PrefixCache:
     taken only of pages that earlier plans fill.
     """
 
-    def __init__(self, allocator: PageAllocator, page_size: int, *, enabled: bool) -> None:
+    def __init__(
+        self, allocator: PageAllocator, page_size: int, *, enabled: bool, host_pages: HostPages | None = None
+    ) -> None:
         self.allocator = allocator
+        self.host_pages = HostPages(0) if host_pages is None else host_pages
+        self._offloads: list[HostCopy] = []
         self.enabled = enabled
         self.num_evictions = 0
         self._page_size = page_size
@@ -86,7 +92,7 @@ class PrefixCache:
 
     def empty(self, allocator: PageAllocator) -> "PrefixCache":
         """One that holds nothing yet, over another pool; evictions go on being counted."""
-        cache = PrefixCache(allocator, self._page_size, enabled=self.enabled)
+        cache = PrefixCache(allocator, self._page_size, enabled=self.enabled, host_pages=self.host_pages)
         cache.num_evictions = self.num_evictions
         return cache
 
@@ -98,9 +104,33 @@ class PrefixCache:
     def begin_plan(self) -> None:
         """From here on, pages that enter are filled by the next plan."""
         self._plan += 1
+        self.host_pages.begin_plan()
+
+    def take_offloads(self) -> list[HostCopy]:
+        """The pages evicted since the last call that go to host memory; they must be read before they are written."""
+        offloads, self._offloads = self._offloads, []
+        self.host_pages.end_plan()
+        return offloads
 
     def match(self, sequence: Sequence, max_len: int) -> Prefix:
         """The longest beginning of at most `max_len` tokens; remembers how far it got, and goes on from there."""
+        found = self._match_tree(sequence, max_len)
+        if len(self.host_pages) == 0:
+            return found
+        num_full, node = len(found.pages), self._place(sequence)
+        key = _root_key(sequence.cache_salt) if node is None else node.key
+        tokens = sequence.tokens_between(num_full * self._page_size, max_len)
+        places: list[int] = []
+        for start in range(0, len(tokens) - self._page_size + 1, self._page_size):
+            key = self._child_key(key, tokens[start : start + self._page_size])
+            if (place := self.host_pages.find(key)) is None:
+                break
+            places.append(place)
+        if not places:
+            return found
+        return Prefix(found.pages, (num_full + len(places)) * self._page_size, host_places=tuple(places))
+
+    def _match_tree(self, sequence: Sequence, max_len: int) -> Prefix:
         node = self._place(sequence)
         if node is None:
             return Prefix([], 0)
@@ -212,8 +242,10 @@ class PrefixCache:
         return node or self._roots.get(sequence.cache_salt)
 
     def _make_root(self, salt: str | None) -> Node:
-        seed = b"" if salt is None else salt.encode("utf-8", "surrogatepass")
-        return self._roots.setdefault(salt, Node(salt, None, (), -1, hashlib.sha256(seed).digest()))
+        return self._roots.setdefault(salt, Node(salt, None, (), -1, _root_key(salt)))
+
+    def _child_key(self, key: bytes, tokens: Iterable[int]) -> bytes:
+        return hashlib.sha256(key + self._token_bytes.pack(*tokens)).digest()
 
     def _match_part(self, node: Node, tokens: tuple[int, ...]) -> tuple[int | None, int]:
         """(a page that begins with some of tokens, how many): of all children a neighbour has the most in common."""
@@ -227,7 +259,7 @@ class PrefixCache:
         return part_page, part_len
 
     def _attach(self, parent: Node, tokens: tuple[int, ...], page: int) -> Node:
-        key = hashlib.sha256(parent.key + self._token_bytes.pack(*tokens)).digest()
+        key = self._child_key(parent.key, tokens)
         node = Node(parent.salt, parent, tokens, page, key)
         node.plan = self._plan
         self.allocator.keep(page)
@@ -268,6 +300,8 @@ class PrefixCache:
             self._list(node)
         self._cut(node)
         self.num_evictions += 1
+        if (place := self.host_pages.store(node.key)) is not None:
+            self._offloads.append(HostCopy(node.page, place))
 
     def _is_evictable(self, node: Node, last_used: int) -> bool:
         return node.is_attached and node.last_used == last_used and self.allocator.num_references(node.page) == 0
@@ -280,6 +314,10 @@ class PrefixCache:
         if len(self._oldest) > 2 * len(self._nodes) + 64:
             self._oldest = [entry for entry in self._oldest if self._is_evictable(entry[2], entry[0])]
             heapq.heapify(self._oldest)
+
+
+def _root_key(salt: str | None) -> bytes:
+    return hashlib.sha256(b"" if salt is None else salt.encode("utf-8", "surrogatepass")).digest()
 
 
 def _path(node: Node) -> list[int]:

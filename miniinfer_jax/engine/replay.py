@@ -134,8 +134,12 @@ def step_record(plan: StepPlan, step: int, owners: Owners) -> Record:
         for name, entries in (("new_pages", plan.new_pages), ("shared_pages", plan.shared_pages))
     }
     copies = [[copy.source, copy.target] for copy in plan.copies]
+    moves = {
+        name: [[one.page, one.place] for one in entries]
+        for name, entries in (("offloads", plan.offloads), ("loads", plan.loads))
+    }
     preempted = [_name(sequence, owners) for sequence in plan.preempted]
-    return {"kind": "step", "step": step, "chunks": chunks, **pages, "copies": copies, "preempted": preempted}
+    return {"kind": "step", "step": step, "chunks": chunks, **pages, "copies": copies, **moves, "preempted": preempted}
 
 
 def tokens_record(plan: StepPlan, token_ids: list[int], owners: Owners) -> Record:

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+import timeit
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -30,7 +31,7 @@ from miniinfer_jax.engine.steps import StepContext, decode_step, ragged_step, sh
 from miniinfer_jax.engine.token_rules import RuleRows, rule_rows
 from miniinfer_jax.kv_cache import KVCache
 from miniinfer_jax.models.decoder import DecoderParams
-from miniinfer_jax.sequence import PageCopy, Sequence, StepPlan
+from miniinfer_jax.sequence import HostCopy, PageCopy, Sequence, StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +75,14 @@ def _set_page_table(state: DecodeState, slot: jax.Array, row: jax.Array) -> Deco
 class Runner:
     """Runs plans. Everything that can be compiled is compiled when it is made; after that, nothing."""
 
-    def __init__(self, context: StepContext, params: DecoderParams, buckets: Buckets, *, use_tqdm: bool) -> None:
+    def __init__(
+        self, context: StepContext, params: DecoderParams, buckets: Buckets, *, use_tqdm: bool, offloads: bool = False
+    ) -> None:
         self._context = context
         self._buckets = buckets
         self._params = params
+        self._offloads = offloads  # whether pages go to host memory and come back one by one
+        self._host_pages: dict[int, jax.Array] = {}  # by place: [L, S, K, 2, H] in host memory, or on their way there
         self._sleep: Sleep | None = None
         self._create_buffers()
         self._programs = self._compile_all(use_tqdm)
@@ -102,6 +107,7 @@ class Runner:
         for chunk in plan.chunks:
             if chunk.is_first:
                 self.send_rules(chunk.sequence)
+        self.move_pages(plan.offloads, plan.loads)
         self._share_pages(plan)
         bucket = self._bucket_for(plan)
         if isinstance(bucket, DecodeBucket):
@@ -149,6 +155,43 @@ class Runner:
             self._dispatch(bucket, StepPlan())
             self._share_pages(StepPlan(copies=[PageCopy(0, 0)]))
 
+    def move_pages(self, offloads: list[HostCopy], loads: list[HostCopy]) -> None:
+        """Sends pages to host memory, and brings pages back from where they were before; waits for neither."""
+        if not offloads and not loads:
+            return
+        host, device = (self._memory(kind) for kind in ("pinned_host", "device"))
+        sent = {
+            copy.place: jax.device_put(self._programs["take_page"](self._cache, np.int32(copy.page)), host)
+            for copy in offloads
+        }
+        for copy in loads:
+            page = jax.device_put(self._host_pages[copy.place], device)
+            self._cache = self._programs["put_page"](self._cache, np.int32(copy.page), page)
+        self._host_pages |= sent
+
+    def _memory(self, kind: str) -> jax.sharding.SingleDeviceSharding:
+        """Where arrays lie in a memory of the device of this kind; in its own where it has no such memory."""
+        device = self._cache.layers[0].devices().pop()
+        kinds = {memory.kind for memory in device.addressable_memories()}
+        return jax.sharding.SingleDeviceSharding(device, memory_kind=kind if kind in kinds else None)
+
+    def measure_pages(self) -> tuple[float, float]:
+        """Seconds to bring a page back from host memory, and to compute the tokens of one, both over padding."""
+        no_page = HostCopy(self.num_pages, 0)
+        self.move_pages([HostCopy(0, 0)], [])
+        largest = max(self._buckets.ragged, key=lambda bucket: bucket.num_tokens)
+
+        def bring_back() -> None:
+            self.move_pages([], [no_page])
+            jax.block_until_ready(self._cache)
+
+        def compute() -> None:
+            jax.block_until_ready(self._dispatch(largest, StepPlan()))
+
+        seconds = min(timeit.repeat(bring_back, number=1)), min(timeit.repeat(compute, number=1))
+        self._host_pages.clear()
+        return seconds[0], seconds[1] / largest.num_tokens * self._context.shape.page_size
+
     def send_rules(self, sequence: Sequence) -> None:
         """Tells the device what the request of a running sequence says about single tokens, its outputs counted."""
         if sequence.params.uses_token_rules:
@@ -184,6 +227,10 @@ class Runner:
             ids = np.full(NUM_PAGES_MOVED, self._context.shape.num_pages, np.int32)
             ids[: rows.stop - rows.start] = page_ids[rows]
             yield ids, rows
+
+    @property
+    def page_bytes(self) -> int:
+        return sum(layer.nbytes for layer in self._cache.layers) // self.num_pages
 
     @property
     def num_pages(self) -> int:
@@ -331,13 +378,18 @@ class Runner:
         jobs["set_page_table"] = partial(set_page_table.lower, state, int32(), int32(context.shape.max_pages))
         return jobs | self._page_lowerings(cache)
 
-    @staticmethod
-    def _page_lowerings(cache: KVCache) -> dict[Any, Callable[[], jax.stages.Lowered]]:
+    def _page_lowerings(self, cache: KVCache) -> dict[Any, Callable[[], jax.stages.Lowered]]:
         """The programs that move whole pages between host and device; `cache` holds shapes."""
         page_ids = jax.ShapeDtypeStruct((NUM_PAGES_MOVED,), jnp.int32)
         pages = tuple(jax.ShapeDtypeStruct((NUM_PAGES_MOVED, *one.shape[1:]), one.dtype) for one in cache.layers)
         put_pages = jax.jit(kv_cache.put_pages, donate_argnums=0)
-        return {
+        page_id, [num_layers, first] = jax.ShapeDtypeStruct((), jnp.int32), [len(cache.layers), cache.layers[0]]
+        page = jax.ShapeDtypeStruct((num_layers, *first.shape[1:]), first.dtype)
+        one_by_one = {
+            "take_page": partial(jax.jit(kv_cache.take_page).lower, cache, page_id),
+            "put_page": partial(jax.jit(kv_cache.put_page, donate_argnums=0).lower, cache, page_id, page),
+        }
+        return (one_by_one if self._offloads else {}) | {
             "take_pages": partial(jax.jit(kv_cache.take_pages).lower, cache, page_ids),
             "put_pages": partial(put_pages.lower, cache, page_ids, pages),
         }

@@ -40,8 +40,11 @@ class Scheduler(Lifecycle):
         policy: Policy | None = None,
         step_budget: StepBudget | None = None,
         enable_prefix_caching: bool = False,
+        num_host_pages: int = 0,
     ) -> None:
-        pages = SequencePages(allocator, page_size, enable_prefix_caching=enable_prefix_caching)
+        pages = SequencePages(
+            allocator, page_size, enable_prefix_caching=enable_prefix_caching, num_host_pages=num_host_pages
+        )
         super().__init__(
             pages, policy or Policy(), max_num_seqs=max_num_seqs, max_pages_per_sequence=max_pages_per_sequence
         )
@@ -76,6 +79,7 @@ class Scheduler(Lifecycle):
             self._share_pages({**dict.fromkeys(decoding, 1), **dict(prompts)}, plan)
         if len(plan.preempted) == num_gave_way:  # a step that ran out of pages has none for newcomers
             self._admit(plan, budget)
+        plan.offloads = self.prefix_cache.take_offloads()
         if plan.copies:
             self.prefix_cache.release([copy.source for copy in plan.copies])  # the next plan may overwrite them
         self.num_planned_tokens += plan.num_tokens
@@ -122,8 +126,9 @@ class Scheduler(Lifecycle):
 
     def discard(self, plan: StepPlan) -> None:
         """Takes back the last plan, which did not reach the device: its sequences are computed anew, and what it would
-        have filled is not cached."""
+        have filled, here or in host memory, is not cached."""
         self.pages.forget_filling()
+        self.prefix_cache.host_pages.drop_fresh()
         for sequence, samples in [(chunk.sequence, chunk.samples) for chunk in plan.chunks]:
             if sequence.status is SequenceStatus.RUNNING:
                 self.prefix_cache.forget(sequence)

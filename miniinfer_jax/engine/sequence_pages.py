@@ -2,10 +2,11 @@
 
 from collections.abc import Collection
 
+from miniinfer_jax.engine.host_pages import HostPages
 from miniinfer_jax.engine.inheritance import inherited_prefix
 from miniinfer_jax.engine.page_allocator import PageAllocator
 from miniinfer_jax.engine.prefix_cache import Prefix, PrefixCache
-from miniinfer_jax.sequence import NewPage, PageCopy, Sequence, StepPlan
+from miniinfer_jax.sequence import HostCopy, NewPage, PageCopy, Sequence, StepPlan
 
 
 class SequencePages:
@@ -19,9 +20,12 @@ class SequencePages:
     pages are as good as free ones.
     """
 
-    def __init__(self, allocator: PageAllocator, page_size: int, *, enable_prefix_caching: bool) -> None:
+    def __init__(
+        self, allocator: PageAllocator, page_size: int, *, enable_prefix_caching: bool, num_host_pages: int = 0
+    ) -> None:
         self.allocator = allocator
-        self.prefix_cache = PrefixCache(allocator, page_size, enabled=enable_prefix_caching)
+        host_pages = HostPages(num_host_pages)
+        self.prefix_cache = PrefixCache(allocator, page_size, enabled=enable_prefix_caching, host_pages=host_pages)
         self.page_size = page_size
         self._filling: list[Sequence] = []  # whose pages the last plan fills, and are not in the prefix cache yet
 
@@ -54,6 +58,11 @@ class SequencePages:
         assert sequence.slot is not None
         self.prefix_cache.share(prefix.pages)
         sequence.pages = list(prefix.pages)
+        for place in prefix.host_places:
+            [page] = self.prefix_cache.allocate(1)
+            plan.loads.append(HostCopy(page, place))
+            sequence.pages.append(page)
+        self.prefix_cache.host_pages.num_loads += len(prefix.host_places)
         if prefix.part_page is not None:
             self.prefix_cache.share([prefix.part_page])
             sequence.pages.append(self._copy(prefix.part_page, plan))

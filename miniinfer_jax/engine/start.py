@@ -4,7 +4,7 @@ import logging
 
 import jax
 
-from miniinfer_jax.config import EngineConfig, ModelConfig
+from miniinfer_jax.config import ConfigError, EngineConfig, ModelConfig
 from miniinfer_jax.engine.batching import CacheShape
 from miniinfer_jax.engine.buckets import choose_buckets
 from miniinfer_jax.engine.memory import fewer_pages, is_out_of_memory
@@ -35,7 +35,8 @@ def make_runner(
         shape = CacheShape(num_pages, config.page_size, config.max_num_seqs, max_pages)
         context = StepContext(model, shape, backend, logits_processors)
         try:
-            runner = Runner(context, params, buckets, use_tqdm=use_tqdm)
+            offloads = config.kv_offload_bytes > 0
+            runner = Runner(context, params, buckets, use_tqdm=use_tqdm, offloads=offloads)
             runner.warm_up_on_gpu()
             return runner, num_failures
         except jax.errors.JaxRuntimeError as error:
@@ -44,3 +45,24 @@ def make_runner(
                 raise
             logger.warning("the device ran out of memory at the start: %d pages, not %d (%s)", fewer, num_pages, error)
             num_pages, num_failures = fewer, num_failures + 1
+
+
+def num_host_pages(config: EngineConfig, runner: Runner) -> int:
+    """How many pages are kept in host memory: none if it is quicker here to compute a page anew than to bring it back.
+
+    Raises ConfigError for fewer bytes than one page takes.
+    """
+    if config.kv_offload_bytes == 0:
+        return 0
+    page_bytes = runner.page_bytes
+    if config.kv_offload_bytes < page_bytes:
+        raise ConfigError(
+            f"kv_offload_bytes is {config.kv_offload_bytes}, and a page takes {page_bytes}: raise it, or set 0"
+        )
+    back, anew = runner.measure_pages()
+    worth = back < anew
+    logger.info(
+        "a page comes back from host memory in %.3f ms and is computed anew in %.3f ms: %s",
+        *(1e3 * back, 1e3 * anew, "evicted pages are offloaded" if worth else "nothing is offloaded"),
+    )
+    return config.kv_offload_bytes // page_bytes if worth else 0

@@ -53,7 +53,7 @@ class StateCalls:
             self._scheduler.rewind(sequence, num_tokens)
             continuation.forget(num_tokens)
             if seed is not None:
-                sequence.seed = (seed + continuation.index) & MAX_SEED
+                sequence.seed = (int(seed) + continuation.index) & MAX_SEED
         return request.output()
 
     @property
@@ -135,6 +135,7 @@ class StateCalls:
 
     def _resume(self, sequence: Sequence, num_computed: int, pages: tuple[np.ndarray, ...]) -> None:
         num_filled = self._scheduler.resume(sequence, num_computed)
+        self._runner.move_pages(self._scheduler.prefix_cache.take_offloads(), [])
         if num_filled is not None:
             self._runner.write_pages(sequence.pages[num_filled:], tuple(layer[num_filled:] for layer in pages))
             self._runner.send_page_table(sequence)

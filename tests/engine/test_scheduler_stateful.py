@@ -64,12 +64,16 @@ class FakeDevice:
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
         self.pages: dict[int, dict[int, tuple[int, str | None]]] = {}  # page -> offset -> (token, salt)
+        self.host: dict[int, dict[int, tuple[int, str | None]]] = {}  # what places in host memory hold
         self.page_tables: dict[int, dict[int, int]] = {}  # slot -> column -> page
         self.last_tokens: dict[int, int] = {}  # by slot
         self.inherited: dict[Sequence, list[int]] = {}  # outputs that a fork began with
 
     def run(self, plan: StepPlan) -> list[int]:
         """Executes a plan: the tokens of its sampling chunks."""
+        sent = {copy.place: dict(self.pages[copy.page]) for copy in plan.offloads}
+        self.pages |= {copy.page: dict(self.host[copy.place]) for copy in plan.loads}
+        self.host |= sent
         for first in range(0, len(plan.copies), COPIES_A_CALL):
             copies = plan.copies[first : first + COPIES_A_CALL]
             held = [dict(self.pages[copy.source]) for copy in copies]
@@ -129,6 +133,7 @@ class EngineMachine(RuleBasedStateMachine):
         max_pending=st.integers(1, 3),
         target_seconds=st.sampled_from([None, 1.0]),
         enable_prefix_caching=st.sampled_from([True, True, False]),
+        num_host_pages=st.sampled_from([0, 2, 12]),
     )
     def start(
         self,
@@ -139,6 +144,7 @@ class EngineMachine(RuleBasedStateMachine):
         max_pending: int,
         target_seconds: float | None,
         enable_prefix_caching: bool,
+        num_host_pages: int,
     ) -> None:
         self.scheduler = Scheduler(
             PageAllocator(num_pages),
@@ -149,6 +155,7 @@ class EngineMachine(RuleBasedStateMachine):
             policy=policy_named(self.policy),
             step_budget=StepBudget([size for size in (2, 6, 16) if size < budget] + [budget], target_seconds),
             enable_prefix_caching=enable_prefix_caching,
+            num_host_pages=num_host_pages if enable_prefix_caching else 0,
         )
         self.max_pending = max_pending  # plans whose tokens are not read yet; the engine itself has two at most
         self.device = FakeDevice(page_size)
@@ -381,6 +388,7 @@ class EngineMachine(RuleBasedStateMachine):
             policy=policy_named(self.policy),
             step_budget=old.step_budget,
             enable_prefix_caching=old.prefix_cache.enabled,
+            num_host_pages=old.prefix_cache.host_pages.num_pages,
         )
         self.scheduler.num_preemptions = old.num_preemptions
         self.scheduler.prefix_cache.num_evictions = old.prefix_cache.num_evictions
@@ -393,6 +401,7 @@ class EngineMachine(RuleBasedStateMachine):
             held = [dict(old_device.pages[table[column]]) for column in range(len(sequence.pages))]
             sequence.slot, sequence.pages, sequence.num_computed = None, [], 0
             num_filled = self.scheduler.resume(sequence, num_computed)
+            self.device.run(StepPlan(offloads=self.scheduler.prefix_cache.take_offloads()))
             if num_filled is not None:
                 assert sequence.slot is not None
                 self.device.page_tables[sequence.slot] = dict(enumerate(sequence.pages))
@@ -422,6 +431,8 @@ class EngineMachine(RuleBasedStateMachine):
         assert plan.num_tokens <= self.scheduler.max_num_batched_tokens
         assert len(plan.chunks) <= self.scheduler.max_num_batched_tokens, "a step has rows for as many as its tokens"
         self.num_events["copied"] += len(plan.copies)
+        self.num_events["offloaded"] += len(plan.offloads)
+        self.num_events["came back"] += len(plan.loads)
         self.num_events["preempted"] += len(plan.preempted)
         # Who gives way to a waiting sequence does it before that one starts; who lost the last pages, after.
         self.num_events["gave way"] += len(plan.preempted) if any(chunk.is_first for chunk in plan.chunks) else 0
@@ -488,6 +499,7 @@ def test_random_lives_leak_nothing_and_end():
         *("chunked prefill", "stop", "length", "error", "refused", "reset", "gave way"),
         *("ended while waiting", "ended while running", "ended while finished"),
         *("forked", "forked with a token in flight", "drew with its parent", "copied"),
+        *("offloaded", "came back"),
         *("rewound while running", "restored with its pages", "restored with the pages of another"),
         *("hit", "hit of generated tokens", "second turn", "evicted"),
     ):
