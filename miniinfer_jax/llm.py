@@ -6,8 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
@@ -18,28 +17,27 @@ from miniinfer_jax.engine.memory import choose_dtype, default_device, default_pa
 from miniinfer_jax.engine.policies import make_policy
 from miniinfer_jax.engine.replay import Recorder, check_new
 from miniinfer_jax.engine.snapshot import Snapshot
-from miniinfer_jax.engine.validation import RequestError, check_scheduling, encode
+from miniinfer_jax.engine.validation import RequestError
 from miniinfer_jax.models.decoder import param_specs
 from miniinfer_jax.outputs import CompletionOutput, RequestOutput, Score, TextDelta
+from miniinfer_jax.prompts import (
+    Message,
+    Prompt,
+    TokenizedPrompt,
+    apply_chat_template,
+    as_list,
+    params_for,
+    scheduling_for,
+    tokenize,
+)
 from miniinfer_jax.sampling_params import SamplingParams
 from miniinfer_jax.tokenizer import load_tokenizer
 from miniinfer_jax.weights import load_params, read_model_config, resolve
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | Mapping[str, Any] | Sequence[int]
-Message = Mapping[str, Any]
 DEFAULT_MAX_NUM_SEQS = 256
 REQUEST_PREFIX = "llm-"  # so that ids never meet those of a user who drives `LLM.engine` as well
-PROMPT_TYPES = {"prompt": str, "prompt_token_ids": Sequence, "messages": Sequence}
-
-
-class TokenizedPrompt(NamedTuple):
-    """A prompt in any of its forms, as the engine takes it."""
-
-    text: str | None
-    token_ids: list[int]
-    cache_salt: str | None = None
 
 
 class LLM:
@@ -167,9 +165,9 @@ class LLM:
         `error` set and finish_reason "error", and the others finish. priority, tenant and expected_output_len are for
         the scheduling policy, as in `LLMEngine.add_request`: one for all prompts, or a list with one a prompt.
         """
-        prompts = self._as_list(prompts)
-        params = self._params_for(prompts, sampling_params)
-        scheduling = _scheduling_for(len(prompts), priority, tenant, expected_output_len)
+        prompts = as_list(prompts)
+        params = params_for(prompts, sampling_params)
+        scheduling = scheduling_for(len(prompts), priority, tenant, expected_output_len)
         outputs: dict[str, RequestOutput] = {}
         request_ids = []
         try:
@@ -211,14 +209,7 @@ class LLM:
 
     def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
         """The token ids of a conversation, ready for the assistant's turn. Raises ValueError without a template."""
-        if self.tokenizer is None or not self.tokenizer.chat_template:
-            raise RequestError("chat needs a tokenizer with a chat template, which this model lacks: use generate()")
-        conversation: Any = list(messages)
-        try:
-            text = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program: on odd messages it raises whatever it likes
-            raise RequestError(f"the chat template cannot render these messages: {error}") from error
-        return encode(self.tokenizer, str(text), add_special_tokens=False)
+        return apply_chat_template(self.tokenizer, messages)
 
     def score(self, prompts: Prompt | Sequence[Prompt], use_tqdm: bool = True) -> list[Score]:
         """How likely the model finds the tokens of each prompt, by the forward that serves. Errors as in `generate`."""
@@ -239,10 +230,10 @@ class LLM:
 
         Every request is checked before the first piece: ValueError if one cannot be served.
         """
-        prompts = self._as_list(prompts)
-        params = self._params_for(prompts, sampling_params)
-        scheduling = _scheduling_for(len(prompts), priority, tenant, expected_output_len)
-        tokenized = [self._tokenize(prompt) for prompt in prompts]
+        prompts = as_list(prompts)
+        params = params_for(prompts, sampling_params)
+        scheduling = scheduling_for(len(prompts), priority, tenant, expected_output_len)
+        tokenized = [tokenize(self.tokenizer, prompt) for prompt in prompts]
         for prompt, one in zip(tokenized, params, strict=True):
             self.engine.check_request(prompt.token_ids, one, prompt.cache_salt)
         return self._deltas(list(zip(tokenized, params, scheduling, strict=True)))
@@ -332,7 +323,7 @@ class LLM:
     ) -> str:
         """Queues a request; one that is refused is put among the outputs, so that the others can go on."""
         try:
-            return self._add(self._tokenize(prompt), params, hints, streams=False)
+            return self._add(tokenize(self.tokenizer, prompt), params, hints, streams=False)
         except ValueError as error:
             if raises:
                 raise
@@ -350,79 +341,6 @@ class LLM:
             self._kept.pop(request_id, None)
         while not self.engine.has_requests() and self.engine.has_unfinished_requests():
             self.engine.step()
-
-    def _tokenize(self, prompt: Prompt) -> TokenizedPrompt:
-        if isinstance(prompt, Mapping):
-            cache_salt = prompt.get("cache_salt")
-            keys = [key for key in prompt if key != "cache_salt"]
-            key = keys[0] if len(keys) == 1 else None
-            if key not in PROMPT_TYPES:
-                raise RequestError(
-                    f"a prompt has exactly one of {', '.join(PROMPT_TYPES)}, and a cache_salt if wanted; "
-                    f"this one has {sorted(prompt)}"
-                )
-            value = prompt[key]
-            is_text = isinstance(value, str)
-            if is_text != (key == "prompt") or not isinstance(value, PROMPT_TYPES[key]):
-                raise RequestError(f"{key} holds {value!r:.80}; it must be a {'text' if key == 'prompt' else 'list'}")
-            if key == "messages":
-                return TokenizedPrompt(None, self.apply_chat_template(value), cache_salt)
-            return self._tokenize(value)._replace(cache_salt=cache_salt)
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise RequestError("this model was loaded without a tokenizer: give prompt_token_ids")
-            return TokenizedPrompt(prompt, encode(self.tokenizer, prompt))
-        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-            raise RequestError(f"a prompt is a text, a mapping or a list of token ids, not {type(prompt).__name__}")
-        # numpy's integers become Python's; a bool stays one, and is refused with the other ids.
-        token_ids = [
-            int(token) if isinstance(token, Integral) and type(token) is not bool else token for token in prompt
-        ]
-        return TokenizedPrompt(None, token_ids)
-
-    @staticmethod
-    def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-        """One prompt or several: a list of integers is one prompt."""
-        if isinstance(prompts, str | Mapping):
-            return [prompts]
-        prompts = getattr(prompts, "tolist", lambda: prompts)()  # a numpy array of token ids
-        if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
-            raise RequestError(f"prompts is a {type(prompts).__name__}; give a prompt, or a list of prompts")
-        several: Any = list(prompts)
-        return [several] if several and isinstance(several[0], Integral) else several
-
-    @staticmethod
-    def _params_for(
-        prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[SamplingParams]:
-        if params is None or isinstance(params, SamplingParams):
-            return [params or SamplingParams()] * len(prompts)
-        if not isinstance(params, Sequence) or not all(isinstance(one, SamplingParams) for one in params):
-            raise RequestError("sampling_params must be a SamplingParams, or a list of them, one a prompt")
-        if len(params) != len(prompts):
-            raise RequestError(f"{len(prompts)} prompts but {len(params)} sampling_params: give one, or one a prompt")
-        return list(params)
-
-
-def _scheduling_for(
-    num_prompts: int,
-    priority: int | Sequence[int],
-    tenant: str | Sequence[str],
-    expected_output_len: int | Sequence[int | None] | None,
-) -> list[dict[str, Any]]:
-    """By prompt, what `add_request` takes for the scheduling policy. Raises RequestError for what it would refuse."""
-    given = {"priority": priority, "tenant": tenant, "expected_output_len": expected_output_len}
-    columns = []
-    for name, value in given.items():
-        is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-        column = list(value) if is_list else [value] * num_prompts
-        if len(column) != num_prompts:
-            raise RequestError(f"{num_prompts} prompts but {len(column)} of {name}: give one, or one a prompt")
-        columns.append(column)
-    rows = [dict(zip(given, row, strict=True)) for row in zip(*columns, strict=True)]
-    for row in rows:
-        check_scheduling(**row)
-    return rows
 
 
 def _lasting_name(model: str | os.PathLike[str]) -> str:

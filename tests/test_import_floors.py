@@ -16,7 +16,7 @@ FLOORS: list[set[str]] = [
     {"miniinfer_jax.models", "miniinfer_jax.sampling"},
     {"miniinfer_jax.weights", "miniinfer_jax.tokenizer"},
     {"miniinfer_jax.engine"},
-    {"miniinfer_jax.llm"},
+    {"miniinfer_jax.prompts", "miniinfer_jax.llm"},
     {"miniinfer_jax.benchmark", "miniinfer_jax.batch_lines", "miniinfer_jax.batch_file", "miniinfer_jax.replay"},
     {"miniinfer_jax.cli"},
 ]

@@ -38,7 +38,7 @@ class HostPages:
         return self._places[key]
 
     def store(self, key: bytes) -> int | None:
-        """A place for the page, which the plan under way or the next one fills; None if it is here, or nothing is kept."""
+        """A place for the page, which the plan under way or the next one fills; None if it is here, or none is kept."""
         if key in self._places or self.num_pages == 0:
             return None
         place = self._free.pop() if self._free else self._places.popitem(last=False)[1]

@@ -139,6 +139,7 @@ def test_host_pages_give_way_in_order_of_use():
     pages = HostPages(2)
     assert [pages.store(key) for key in (b"a", b"b")] == [0, 1]
     assert pages.find(b"a") is None  # stored by the plan under way
+    pages.end_plan()
     pages.begin_plan()
     assert pages.store(b"a") is None and pages.find(b"a") == 0
     assert pages.store(b"c") == 1 and pages.find(b"b") is None  # b went unused for longest
