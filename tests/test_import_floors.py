@@ -26,7 +26,7 @@ STANDARD_LIBRARY_ONLY = (
     "miniinfer_jax.outputs",
     "miniinfer_jax.sequence",
 )
-DECIDERS = ("page_allocator", "prefix_cache", "inheritance", "policies", "scheduler")
+DECIDERS = ("page_allocator", "host_pages", "prefix_cache", "inheritance", "policies", "scheduler")
 
 
 def module_name(path: Path) -> str:
