@@ -27,17 +27,8 @@ STANDARD_LIBRARY_ONLY = (
     "miniinfer_jax.sequence",
 )
 DECIDERS = (
-    *(
-        "page_allocator",
-        "prefix_cache",
-        "inheritance",
-        "policies",
-        "waiting_queue",
-        "step_budget",
-        "sequence_pages",
-        "lifecycle",
-    ),
-    "scheduler",
+    *("page_allocator", "host_pages", "prefix_cache", "inheritance", "sequence_pages"),
+    *("policies", "waiting_queue", "step_budget", "lifecycle", "scheduler"),
 )
 
 

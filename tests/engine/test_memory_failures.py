@@ -95,7 +95,7 @@ def test_results_that_never_come(engine, undisturbed, monkeypatch):
 
     def token_ids(self):
         reads.append(self)
-        if len(reads) >= 7 and any(self is lost for lost in reads[6:8]):
+        if len(reads) >= 7 and self is reads[6]:
             raise OUT_OF_MEMORY
         return original(self)
 
