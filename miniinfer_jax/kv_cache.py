@@ -55,7 +55,9 @@ def take_pages(cache: KVCache, page_ids: jax.Array) -> tuple[jax.Array, ...]:
 def put_pages(cache: KVCache, page_ids: jax.Array, pages: tuple[jax.Array, ...]) -> KVCache:
     """The cache with whole pages [n] replaced, by one array a layer: [n, S, K, 2, H]; one past the end is dropped."""
     layers = zip(cache.layers, pages, strict=True)
-    return KVCache(layers=tuple(layer.at[page_ids].set(values, mode="drop") for layer, values in layers))
+    return KVCache(
+        layers=tuple(layer.at[page_ids].set(values, mode="drop", unique_indices=True) for layer, values in layers)
+    )
 
 
 def take_page(cache: KVCache, page_id: jax.Array) -> jax.Array:
@@ -71,7 +73,7 @@ def put_page(cache: KVCache, page_id: jax.Array, page: jax.Array) -> KVCache:
 def copy_pages(pages: jax.Array, sources: jax.Array, targets: jax.Array) -> jax.Array:
     """A layer's pages with what sources [n] held at targets [n]; a target past the end is dropped (padding)."""
     held = pages.at[sources].get(mode="promise_in_bounds")
-    return pages.at[targets].set(held, mode="drop")
+    return pages.at[targets].set(held, mode="drop", unique_indices=True)
 
 
 def read(pages: jax.Array, page_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
