@@ -358,9 +358,9 @@ class EngineMachine(RuleBasedStateMachine):
         self.num_events[f"ended while {status.value}"] += 1
 
     @precondition(lambda self: self.sequences)
-    @rule(index=st.integers(0, 11), num_tokens=st.integers(0, 12))
-    def rewind(self, index: int, num_tokens: int) -> None:
-        """All is read, and some outputs are taken back: they will be drawn again."""
+    @rule(index=st.integers(0, 11), num_tokens=st.integers(0, 12), seed=st.sampled_from([None, 1, 2, 3]))
+    def rewind(self, index: int, num_tokens: int, seed: int | None) -> None:
+        """All is read, and some outputs are taken back: they will be drawn again, or others with another seed."""
         while self.pending:
             self.read()
         sequence = self.sequences[-1 - index % len(self.sequences)]
@@ -370,6 +370,9 @@ class EngineMachine(RuleBasedStateMachine):
             self.scheduler.rewind(sequence, num_tokens)
             inherited = self.device.inherited.get(sequence, [])
             self.device.inherited[sequence] = inherited[: len(sequence.output_token_ids)]
+            if seed is not None:
+                self.device.inherited[sequence] = list(sequence.output_token_ids)
+                sequence.seed = seed
             self.num_computed[sequence.sequence_id] = sequence.num_computed
 
     @precondition(lambda self: self.sequences)
