@@ -145,6 +145,7 @@ class LLM:
             }
             self.engine.record = Recorder(record, header).take
         self._request_ids = itertools.count()
+        self._calling: set[str] = set()  # requests that a call waits for
         self._kept: dict[str, list[RequestOutput]] = {}  # by open request: outputs that its call has not taken yet
 
     def generate(
@@ -184,6 +185,7 @@ class LLM:
         `engine.restore` takes them up without running them. Raises ValueError as it does, with nothing changed.
         """
         request_ids = self.engine.restore(snapshot)
+        self._calling.update(request_ids)
         outputs: dict[str, RequestOutput] = {}
         try:
             self._finish(request_ids, outputs, use_tqdm)
@@ -297,7 +299,7 @@ class LLM:
     def _step(self, request_ids: set[str]) -> list[RequestOutput]:
         """The next outputs of these requests. What a step has for other open calls is kept for them."""
         if not self._kept.keys() & request_ids:
-            for output in self.engine.step():
+            for output in self.engine.step(self._calling):
                 self._kept.setdefault(output.request_id, []).append(output)
         return [output for request_id in self._kept.keys() & request_ids for output in self._kept.pop(request_id)]
 
@@ -311,6 +313,7 @@ class LLM:
         self.engine.add_request(
             request_id, prompt.token_ids, params, prompt.text, cache_salt=prompt.cache_salt, streams=streams, **hints
         )
+        self._calling.add(request_id)
         return request_id
 
     def _add_or_refuse(
@@ -339,6 +342,7 @@ class LLM:
         for request_id in request_ids:
             self.engine.abort(request_id)
             self._kept.pop(request_id, None)
+            self._calling.discard(request_id)
         while not self.engine.has_requests() and self.engine.has_unfinished_requests():
             self.engine.step()
 

@@ -7,8 +7,9 @@ from miniinfer_jax.sequence import Sequence, SequenceStatus, StepPlan
 def inherited_prefix(sequence: Sequence, plan: StepPlan, page_size: int) -> Prefix:
     """What a running parent has computed of a waiting sequence's tokens; nothing if it does not run.
 
-    Whole pages may be shared while the step that fills them is planned; a part is copied before that step, and so
-    ends where the parent's latest chunk began, and if the page is to be a copy itself, is taken where that comes from.
+    Whole pages may be shared while the step that fills them is planned; a part is copied before that step. So it ends
+    where the parent's latest chunk began, is not taken of a parent that starts in this plan, whose pages others may
+    still have to fill, and if the page is to be a copy itself, is taken where that comes from.
     """
     parent = sequence.parent
     if parent is None or not _agrees(parent, sequence):
@@ -17,7 +18,7 @@ def inherited_prefix(sequence: Sequence, plan: StepPlan, page_size: int) -> Pref
     num_full = max_len // page_size
     whole = Prefix(parent.pages[:num_full], num_full * page_size)
     num_written = min(max_len, parent.last_chunk_start)
-    if num_written <= whole.num_tokens:
+    if num_written <= whole.num_tokens or any(chunk.sequence is parent and chunk.is_first for chunk in plan.chunks):
         return whole
     page = parent.pages[num_full]
     sources = {copy.target: copy.source for copy in plan.copies}

@@ -4,6 +4,7 @@ import itertools
 import logging
 import time
 from collections import deque
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
@@ -95,8 +96,11 @@ class LLMEngine(StateCalls):
         self.record: TakeRecord | None = None  # what is told all that happens: see `engine/replay.py`
         self._num_requests = self._num_steps = 0
 
-    def step(self) -> list[RequestOutput]:
-        """Dispatches the next step, then reads the one before it while the device works; the outputs that have news."""
+    def step(self, request_ids: Collection[str] | None = None) -> list[RequestOutput]:
+        """Dispatches the next step, then reads the one before it while the device works; the outputs that have news.
+
+        request_ids: of these requests only; the next step gives those of others.
+        """
         self._check_awake()
         plan = self._scheduler.schedule()
         if plan.chunks or self._in_flight:
@@ -116,7 +120,7 @@ class LLMEngine(StateCalls):
             if not is_out_of_memory(error):
                 raise
             self._recover(plan, error)
-        return self._open.deliver()
+        return self._open.deliver(request_ids)
 
     def _recover(self, plan: StepPlan, error: Exception) -> None:
         """After the device had no room for a plan: reads what came before it, and starts over smaller.
@@ -149,6 +153,7 @@ class LLMEngine(StateCalls):
 
         Compiles for a pool of another size.
         """
+        self._check_awake()
         self._tell(call_record, "start_over", num_pages=num_pages, max_num_batched_tokens=max_num_batched_tokens)
         self._in_flight.clear()
         self._scheduler.start_over(num_pages)

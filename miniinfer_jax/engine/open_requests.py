@@ -1,6 +1,7 @@
 """The requests that are open: whose each sequence is, what was read for it, and whose output is still to be given."""
 
 import time
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -46,11 +47,12 @@ class OpenRequests:
                 self._take_token(request, continuation, row, step)
             self.note_news(request)
 
-    def deliver(self) -> list[RequestOutput]:
-        """The outputs of the requests that have news; those that ended are closed."""
-        outputs, news = [], list(self._news)
-        self._news.clear()
+    def deliver(self, request_ids: Collection[str] | None = None) -> list[RequestOutput]:
+        """The outputs of the requests (of these, if given) that have news; those that ended are closed."""
+        outputs = []
+        news = [request for request in self._news if request_ids is None or request.request_id in request_ids]
         for request in news:
+            del self._news[request]
             if request.is_finished:
                 outputs.append(self.close(request))
             elif request.streams:

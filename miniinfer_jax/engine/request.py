@@ -117,10 +117,10 @@ class Request:
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
-            prompt_token_ids=self.prompt_token_ids,
+            prompt_token_ids=list(self.prompt_token_ids),
             outputs=[continuation.output() for continuation in self.continuations],
             finished=self.is_finished,
-            prompt_logprobs=self.prompt_logprobs,
+            prompt_logprobs=None if self.prompt_logprobs is None else list(self.prompt_logprobs),
             metrics=RequestMetrics(self.arrival_time, self.first_token_time, self.finished_time),
             num_cached_tokens=self.continuations[0].sequence.num_cached_tokens,
             error="the model's logits held NaN or infinity, or no token was allowed" if bad else None,

@@ -14,6 +14,7 @@ from miniinfer_jax.config import ModelConfig
 from miniinfer_jax.engine import snapshot_folder
 from miniinfer_jax.engine.request_state import RequestState, SequenceState, request_from_json, request_to_json
 from miniinfer_jax.engine.snapshot_folder import SnapshotError
+from miniinfer_jax.kv_cache import layer_shape
 from miniinfer_jax.models.decoder import DecoderParams
 
 
@@ -34,6 +35,12 @@ class Snapshot:
     def __post_init__(self) -> None:
         for request in self.requests:
             for sequence in request.sequences:
+                num_known = len(request.prompt_token_ids) + len(sequence.output_token_ids)
+                if not 0 <= sequence.num_computed < num_known:
+                    raise SnapshotError(
+                        f"the snapshot is damaged: request {request.request_id!r} has {sequence.num_computed} computed "
+                        f"of {num_known} tokens; all but the newest can be"
+                    )
                 needed = -(-sequence.num_computed // self.page_size)
                 missing = [page for page in sequence.page_table if not 0 <= page < self.num_pages]
                 if missing or len(sequence.page_table) != needed:
@@ -61,6 +68,18 @@ class Snapshot:
             return cls(document["model"], document["page_size"], document["num_requests"], requests, pages)
         except KeyError as error:
             raise SnapshotError(f"the snapshot in {folder} is cut short: {error} is missing; take it again") from None
+        except (TypeError, AttributeError) as error:
+            raise SnapshotError(f"the snapshot in {folder} is damaged ({error}); take it again") from None
+
+    def check_pages(self, config: ModelConfig) -> None:
+        """Raises SnapshotError unless the pages, if there are any, are those of such a model."""
+        shape = layer_shape(config, self.num_pages, self.page_size)
+        found = [layer.shape for layer in self.pages]
+        if self.num_pages and found != [shape] * config.num_layers:
+            raise SnapshotError(
+                f"the snapshot is damaged: it holds pages of the shapes {found}, and {config.num_layers} layers of "
+                f"{shape} are needed"
+            )
 
     def pages_of(self, sequence: SequenceState, page_size: int) -> tuple[np.ndarray, ...]:
         """The keys and values of a sequence in pages of `page_size` tokens, one array a layer."""

@@ -11,8 +11,8 @@ from miniinfer_jax.engine.replay import Record, ReplayError, TakeRecord, call_re
 from miniinfer_jax.engine.request_state import request_of, state_of
 from miniinfer_jax.engine.runner import Runner
 from miniinfer_jax.engine.scheduler import Scheduler
-from miniinfer_jax.engine.snapshot import Snapshot, check_model, describe_model, live_pages
-from miniinfer_jax.engine.validation import EngineAsleep, RequestError, check_rewind
+from miniinfer_jax.engine.snapshot import Snapshot, SnapshotError, check_model, describe_model, live_pages
+from miniinfer_jax.engine.validation import EngineAsleep, RequestError, check_ids, check_rewind
 from miniinfer_jax.outputs import RequestOutput
 from miniinfer_jax.sampling_params import MAX_SEED, SamplingParams
 from miniinfer_jax.sequence import Sequence
@@ -113,8 +113,15 @@ class StateCalls:
         self._check_awake()
         if self.record is not None:
             raise ReplayError("an engine that records takes up no snapshot: its log would not say what was in it")
+        if not isinstance(snapshot, Snapshot):
+            raise SnapshotError(f"{snapshot!r:.80} is no snapshot; take one, or load one with Snapshot.load(folder)")
         check_model(snapshot.model, self.describe_model())
+        snapshot.check_pages(self.model_config)
         for state in snapshot.requests:
+            for one in state.sequences:
+                check_ids(
+                    f"request {state.request_id!r} of the snapshot", one.output_token_ids, self.model_config.vocab_size
+                )
             self._check_new_id(state.request_id)
             self.check_request(list(state.prompt_token_ids), state.params, state.cache_salt)
         requests = [request_of(state, self._make_sequence, self.tokenizer) for state in snapshot.requests]

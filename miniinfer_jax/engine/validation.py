@@ -26,7 +26,7 @@ def check_prompt(prompt_token_ids: list[int], vocab_size: int, max_model_len: in
             f"the prompt has {len(prompt_token_ids)} tokens and max_model_len is {max_model_len}, prompt and output "
             f"together: shorten the prompt, or {remedy}"
         )
-    _check_ids("the prompt", prompt_token_ids, vocab_size)
+    check_ids("the prompt", prompt_token_ids, vocab_size)
 
 
 def check_cache_salt(cache_salt: Any) -> None:
@@ -46,7 +46,7 @@ def check_seed(seed: Any) -> None:
 def check_params(params: SamplingParams, vocab_size: int, has_tokenizer: bool) -> None:
     """Raises RequestError for parameters that are fine in themselves but not with this model or engine."""
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-        _check_ids(name, getattr(params, name) or (), vocab_size)
+        check_ids(name, getattr(params, name) or (), vocab_size)
     for name in ("logprobs", "prompt_logprobs"):
         value = getattr(params, name)
         if value is not None and value > MAX_LOGPROBS:
@@ -125,7 +125,8 @@ def bad_word_ids(params: SamplingParams, tokenizer: Any) -> tuple[tuple[int, ...
     return tuple(words)
 
 
-def _check_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
+def check_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    """Raises RequestError for an id that the vocabulary does not have."""
     for token_id in token_ids:
         if not _is_integer(token_id) or not 0 <= token_id < vocab_size:
             raise RequestError(f"{name} holds the token id {token_id!r}; the vocabulary is 0 to {vocab_size - 1}")

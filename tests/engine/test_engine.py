@@ -99,11 +99,11 @@ def test_a_stream_that_nobody_reads_queues_nothing(llm):
 def test_interrupt_leaves_a_working_engine(llm, expected, monkeypatch):
     original, calls = llm.engine.step, []
 
-    def interrupted():
+    def interrupted(request_ids):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return original()
+        return original(request_ids)
 
     monkeypatch.setattr(llm.engine, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -324,3 +324,26 @@ def test_token_rules(llm):
     spread = run(presence_penalty=2.0, frequency_penalty=2.0, repetition_penalty=5.0, ignore_eos=True)
     assert len(set(spread.outputs[0].token_ids)) >= len(set(free))
     assert run(ignore_eos=True).outputs[0].token_ids == free
+
+
+def test_calls_and_a_driven_engine_share_it(llm):
+    """What a call's steps have to tell of requests that others drive comes with the others' next step."""
+    prompts = make_prompts(2)
+    expected = tokens_of(llm.generate(prompts, GREEDY, use_tqdm=False))
+    llm.engine.add_request("mine", prompts[0], GREEDY, streams=False)
+    assert tokens_of(llm.generate(prompts[1:], GREEDY, use_tqdm=False)) == expected[1:]
+    outputs = []
+    while llm.engine.has_unfinished_requests():
+        outputs += llm.engine.step()
+    assert tokens_of(outputs) == expected[:1]
+
+
+def test_an_output_is_the_users_own(llm):
+    prompt = make_prompts(1)[0]
+    expected = llm.generate(prompt, GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    llm.engine.add_request("changed", prompt, GREEDY)
+    last = None
+    while llm.engine.has_unfinished_requests():
+        for last in llm.engine.step():
+            last.prompt_token_ids.clear()
+    assert last.outputs[0].token_ids == expected

@@ -169,3 +169,26 @@ def test_the_text_of_a_fork_is_that_of_its_tokens():
     for output in drain(llm.engine).values():
         completion = output.outputs[0]
         assert completion.text == llm.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("enable_prefix_caching", [True, False])
+def test_a_fork_of_a_fork_that_starts_with_its_line_waits_for_what_the_step_fills(folder, enable_prefix_caching):
+    """All pages are lost, and three generations start in one plan: the second shares what the first is to fill."""
+    sizes = {**SMALL, "max_num_seqs": 3, "max_num_batched_tokens": 64}
+    llm = LLM(folder, num_pages=40, enable_prefix_caching=enable_prefix_caching, **sizes)
+    engine, params = llm.engine, SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    prompt = [7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 5, 3, 2, 9, 8, 6, 4, 10]
+    expected = llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids
+    assert llm.reset_prefix_cache()
+    engine.add_request("other", prompt[::-1], SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
+    engine.add_request("first", prompt, params)
+    step_until(engine, "first", 8)
+    engine.fork("first", "second")
+    for _ in range(3):
+        engine.step()
+    engine.fork("second", "third")  # finds no slot, and ends inside a page that the others go on to fill
+    step_until(engine, "second", 16)
+    engine.abort("other")
+    engine.start_over(40, 64)
+    outputs = drain(engine)
+    assert [outputs[name].outputs[0].token_ids for name in ("first", "second", "third")] == [expected] * 3

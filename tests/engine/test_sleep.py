@@ -91,6 +91,7 @@ def test_what_needs_the_device_is_refused(llm, expected):
         engine.snapshot,
         lambda: engine.restore(snapshot),
         lambda: engine.rewind("r", 1),
+        lambda: engine.start_over(64, 64),
     )
     for call in calls:
         with pytest.raises(ValueError, match="sleeps.*call wake_up"):

@@ -333,3 +333,38 @@ def test_refusals_change_nothing(folder, llm):
         short.restore(snapshot)
     assert not short.has_requests()
     short.check()
+
+
+def damaged(snapshot):
+    """Values that no engine gives, and what is said of them."""
+    [request] = snapshot.requests
+    [sequence] = request.sequences
+    yield lambda: replace(snapshot, pages=snapshot.pages[:1]), "the snapshot is damaged: it holds pages of the shapes"
+    half = tuple(layer[:, :4] for layer in snapshot.pages)
+    yield lambda: replace(snapshot, pages=half), "the snapshot is damaged: it holds pages of the shapes"
+    for changes, words in (
+        ({"output_token_ids": ()}, "computed of 20 tokens"),
+        ({"num_computed": -1}, "has -1 computed of"),
+        ({"output_token_ids": (10**6, *sequence.output_token_ids[1:])}, "holds the token id 1000000"),
+    ):
+        other = replace(request, sequences=(replace(sequence, **changes),))
+        yield lambda other=other: replace(snapshot, requests=(other,)), words
+    yield lambda: None, "None is no snapshot"
+
+
+def test_damaged_values_are_refused_and_change_nothing(llm):
+    engine = llm.engine
+    engine.add_request(
+        "r", make_prompts(1, seed=3, longest=20)[0][:1] * 20, SamplingParams(max_tokens=20, temperature=0)
+    )
+    for _ in range(8):
+        engine.step()
+    snapshot = engine.snapshot()
+    engine.abort("r")
+    for make, words in damaged(snapshot):
+        with pytest.raises(ValueError, match=words):
+            engine.restore(make())
+        assert not engine.has_requests()
+        engine.check()
+    engine.restore(snapshot)
+    assert finish(engine)["r"].finished
