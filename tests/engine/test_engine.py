@@ -99,7 +99,7 @@ def test_a_stream_that_nobody_reads_queues_nothing(llm):
 def test_interrupt_leaves_a_working_engine(llm, expected, monkeypatch):
     original, calls = llm.engine.step, []
 
-    def interrupted(request_ids):
+    def interrupted(request_ids=None):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
