@@ -151,9 +151,10 @@ class Runner:
         At the first run a GPU loads the kernels, at the second XLA records their CUDA graph; requests need not wait
         for either.
         """
-        for bucket in 2 * (*self._buckets.decode, *self._buckets.ragged):
-            self._dispatch(bucket, StepPlan())
+        for _ in range(2):
             self._share_pages(StepPlan(copies=[PageCopy(0, 0)]))
+            for bucket in (*self._buckets.decode, *self._buckets.ragged):
+                self._dispatch(bucket, StepPlan())
 
     def move_pages(self, offloads: list[HostCopy], loads: list[HostCopy]) -> None:
         """Sends pages to host memory, and brings pages back from where they were before; waits for neither."""

@@ -21,10 +21,11 @@ def draw(scheduler, tokens):
     return copies
 
 
-def test_new_tokens_get_a_path_of_their_own():
+def start(page_size):
+    """A scheduler, and its sequence of three prompt tokens and six drawn ones."""
     scheduler = Scheduler(
         PageAllocator(30),
-        page_size=2,
+        page_size=page_size,
         max_num_seqs=2,
         max_num_batched_tokens=16,
         max_pages_per_sequence=15,
@@ -33,6 +34,11 @@ def test_new_tokens_get_a_path_of_their_own():
     sequence = make(0, [1, 2, 3])
     scheduler.add(sequence)
     draw(scheduler, [10, 11, 12, 13, 14, 15])
+    return scheduler, sequence
+
+
+def test_new_tokens_get_a_path_of_their_own():
+    scheduler, sequence = start(page_size=2)
     old_pages = list(sequence.pages)
     scheduler.rewind(sequence, 4)  # 10 and 11 are left: the page of 11 and 12 is full, and stays in the cache
     assert sequence.pages == old_pages[:2]
@@ -48,17 +54,7 @@ def test_new_tokens_get_a_path_of_their_own():
 
 
 def test_what_the_cache_holds_is_copied_before_it_is_written():
-    scheduler = Scheduler(
-        PageAllocator(30),
-        page_size=4,
-        max_num_seqs=2,
-        max_num_batched_tokens=16,
-        max_pages_per_sequence=15,
-        enable_prefix_caching=True,
-    )
-    sequence = make(0, [1, 2, 3])
-    scheduler.add(sequence)
-    draw(scheduler, [10, 11, 12, 13, 14, 15])
+    scheduler, sequence = start(page_size=4)
     old_pages = list(sequence.pages)
     scheduler.rewind(sequence, 3)  # into the second page, of 11 to 14, which is full and in the cache
     [copy] = draw(scheduler, [20, 21, 22])
